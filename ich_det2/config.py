@@ -1,0 +1,90 @@
+"""Every key that ich_det2 adds to Detectron2's config, with its default and unit."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_ich_config(cfg: CN) -> None:
+    """Adds ich_det2's keys to a Detectron2 config, in place. Detectron2's own defaults stay.
+
+    Args:
+        cfg: a config from ``detectron2.config.get_cfg()``.
+    """
+    # ---- data ------------------------------------------------------------------------------
+    # VOC tree with Annotations/, DICOM/ or JPEGImages/, ImageSets/Main/{train,val,test}.txt.
+    cfg.DATASETS.ICH_ROOT = "datasets/phantom"
+    # One name: every object in the XML is of that class, whatever its name there.
+    # Several names: the XML's names are kept as types (e.g. EDH IPH IVH SAH SDH).
+    cfg.DATASETS.ICH_CLASSES = ["hemorrhage"]
+    # Datasets for model selection during training; DATASETS.TEST is touched once, at the end.
+    cfg.DATASETS.VAL = ("ich_val",)
+
+    # [level HU, width HU], one channel each; one window fills three channels. Images of 8 bit
+    # (PNG, JPEG) are taken as windowed already.
+    cfg.INPUT.WINDOWS = [[50.0, 100.0]]
+    cfg.INPUT.AUG = CN()
+    # Random translation, as a fraction of the image's width and height to either side. 0: off.
+    cfg.INPUT.AUG.SHIFT = 0.0
+    # Random scaling: the head is drawn with a factor in [1 / (1 + SCALE), 1 + SCALE]. 0: off.
+    cfg.INPUT.AUG.SCALE = 0.0
+    # Fixed expansion of the training set as in the paper: each image stands EXPAND times in an
+    # epoch, the first untouched, the others moved and scaled by at most EXPAND_SHIFT and
+    # EXPAND_SCALE, drawn once. 1: off.
+    cfg.INPUT.AUG.EXPAND = 1
+    cfg.INPUT.AUG.EXPAND_SHIFT = 0.1
+    cfg.INPUT.AUG.EXPAND_SCALE = 0.2
+
+    # ---- anchors ---------------------------------------------------------------------------
+    # MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS left as [[]] are clustered from the training
+    # boxes by tools/train_net.py before the model is built.
+    cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS = CN()
+    cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_SIZES = 3
+    cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_RATIOS = 3
+    # "linear" clusters height/width (paper); "log" treats h/w and w/h alike.
+    cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.RATIO_SPACE = "linear"
+
+    # ---- cost-sensitive RPN ----------------------------------------------------------------
+    cfg.MODEL.RPN.COST = CN()
+    # Weight of a positive anchor in the objectness loss (alpha); 1 is stock.
+    cfg.MODEL.RPN.COST.ALPHA = 1.0
+    # Divisor of the objectness loss: "num_samples" (stock: BATCH_SIZE_PER_IMAGE x images) or
+    # "sum_weights" (the sum of the sampled anchors' weights, which keeps the loss's size).
+    cfg.MODEL.RPN.COST.NORMALIZER = "num_samples"
+    cfg.MODEL.RPN.SAMPLER = CN()
+    # A name in ANCHOR_SAMPLER_REGISTRY: AdaptiveRatioSampler or FixedRatioSampler.
+    cfg.MODEL.RPN.SAMPLER.NAME = "AdaptiveRatioSampler"
+    # R, the upper bound of the positive:negative ratio k; 1 keeps k at 1.
+    cfg.MODEL.RPN.SAMPLER.MAX_RATIO = 1.0
+    # With fewer positives than wanted: "fill" (stock: negatives fill up), "shrink" (fewer
+    # negatives, so that the ratio holds), "repeat" (positives weigh more, so that it holds).
+    cfg.MODEL.RPN.SAMPLER.SHORTFALL = "fill"
+    # IoU of the NMS that screens candidate anchors before sampling, by objectness and within
+    # positives and negatives apart. 0: off.
+    cfg.MODEL.RPN.SAMPLER.NMS_THRESH = 0.0
+    # Initial objectness of every anchor, set by the bias of CostSensitiveRPNHead. 0: off (0.5).
+    cfg.MODEL.RPN.PRIOR_PROB = 0.0
+
+    # ---- second stage ----------------------------------------------------------------------
+    cfg.MODEL.ROI_HEADS.COST = CN()
+    # Weight of a foreground proposal in the ROI classification loss of CostSensitiveROIHeads;
+    # 1 is stock. Beyond the paper.
+    cfg.MODEL.ROI_HEADS.COST.ALPHA = 1.0
+
+    # ---- timm backbones (build_timm_backbone) ------------------------------------------------
+    cfg.MODEL.TIMM = CN()
+    # Any name that timm.create_model takes and that offers feature maps.
+    cfg.MODEL.TIMM.NAME = "tf_efficientnet_lite0"
+    # Strides of the maps to give out; named "stride16" and so on.
+    cfg.MODEL.TIMM.OUT_STRIDES = [16]
+    # Keep the batch norms' statistics and affine parameters as loaded.
+    cfg.MODEL.TIMM.FREEZE_BN = True
+
+    # ---- diagnosis ---------------------------------------------------------------------------
+    cfg.TEST.DIAGNOSIS = CN()
+    # Image scores at which the diagnosis is tabulated.
+    cfg.TEST.DIAGNOSIS.THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]
+    # A slice (patient) is called positive if its score is at least this.
+    cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD = 0.5
+    # Metric on DATASETS.VAL that picks model_best.pth, larger is better; e.g. bbox/AP50.
+    cfg.TEST.DIAGNOSIS.BEST_METRIC = "diagnosis/image_auc"
+    # Images per batch in evaluation and tools/diagnose.py.
+    cfg.TEST.BATCH_SIZE = 4

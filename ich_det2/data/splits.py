@@ -1,0 +1,229 @@
+"""Splits of a VOC tree that keep a patient in one piece.
+
+Neighbouring slices of one patient are near copies. A split by image therefore shows the network
+its test images in training; a split by patient does not.
+
+N is the number of images, S the number of splits.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+IMAGE_FOLDERS = {"DICOM": (".dcm",), "JPEGImages": (".jpg", ".jpeg", ".png")}
+"""Folders of a VOC tree that hold images, the first preferred, with the suffixes of an image."""
+
+
+def split_by_group(
+    groups: Sequence[Hashable],
+    ratios: Sequence[float],
+    *,
+    stratify: Sequence[bool] | None = None,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Divide images into splits so that no group (patient) is in two of them.
+
+    A group is positive if any of its images is. Positive and negative groups are divided
+    separately, each by ``ratios`` as closely as whole groups allow (largest remainder), but every
+    split gets at least one group of each kind if there are enough. Which groups go where depends
+    on their labels and the seed only, not on the order of the images.
+
+    Args:
+        groups: the N groups of the images.
+        ratios: the S shares, not negative, of sum 1. A split of share 0 stays empty.
+        stratify: N labels, true for a positive image; None takes all groups as of one kind.
+        seed: another seed gives another split.
+
+    Returns:
+        S ascending arrays of indices into ``groups``; together they hold each of 0 ... N-1 once.
+
+    Raises:
+        ValueError: wrong ratios or lengths, or fewer groups than splits of a positive share.
+    """
+    shares = _check_ratios(ratios)
+    labels = [str(group) for group in groups]
+    positive = [False] * len(labels) if stratify is None else [bool(p) for p in stratify]
+    if len(positive) != len(labels):
+        raise ValueError(f"stratify has {len(positive)} labels, expected {len(labels)}, one each.")
+
+    of_kind: dict[bool, list[str]] = {True: [], False: []}
+    positives = {label for label, flag in zip(labels, positive, strict=True) if flag}
+    for label in sorted(set(labels), key=lambda label: _draw(label, seed)):
+        of_kind[label in positives].append(label)
+    counts = _count_groups([len(members) for members in of_kind.values()], shares)
+
+    split_of: dict[str, int] = {}
+    for members, row in zip(of_kind.values(), counts, strict=True):
+        split_of.update(zip(members, np.repeat(np.arange(len(shares)), row), strict=True))
+    assigned = np.array([split_of[label] for label in labels], dtype=int)
+    return [np.flatnonzero(assigned == split) for split in range(len(shares))]
+
+
+def split_by_image(
+    images: Sequence[Hashable],
+    ratios: Sequence[float],
+    *,
+    stratify: Sequence[bool] | None = None,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Divide images as the paper does, whoever they show: ``split_by_group`` of groups of one.
+
+    Args:
+        images: N different image ids.
+        ratios, stratify, seed: as in ``split_by_group``.
+
+    Returns:
+        S ascending arrays of indices into ``images``.
+
+    Raises:
+        ValueError: as ``split_by_group``, or an image is named twice.
+    """
+    if len({str(image) for image in images}) < len(images):
+        raise ValueError("The images have ids that repeat, expected each id once.")
+    return split_by_group(images, ratios, stratify=stratify, seed=seed)
+
+
+def find_images(root: str | os.PathLike) -> dict[str, Path]:
+    """Find the images of a VOC tree.
+
+    Args:
+        root: folder with ``DICOM/*.dcm`` or ``JPEGImages/*.{jpg,jpeg,png}``.
+
+    Returns:
+        File by image id (the file's stem), ordered by id. An image in both folders is one image,
+        and its DICOM file is given.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+        ValueError: a file name that a list of ids, one a line, cannot hold.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; expected a VOC tree.")
+    images: dict[str, Path] = {}
+    for folder, suffixes in IMAGE_FOLDERS.items():
+        for path in sorted((root / folder).glob("*")):
+            if path.suffix.lower() in suffixes and not path.name.startswith("."):
+                images.setdefault(path.stem, path)
+    if not images:
+        raise FileNotFoundError(f"{root}: no images; expected DICOM/*.dcm or JPEGImages/*.jpg.")
+    for image, path in images.items():
+        if image.split() != [image] or not image.isprintable():
+            raise ValueError(
+                f"{path}: has a space or an unprintable character in its name; rename the file."
+            )
+    return dict(sorted(images.items()))
+
+
+def read_patients(root: str | os.PathLike) -> dict[str, tuple[str, str]]:
+    """Read which patient and study each image shows from ``patients.csv``.
+
+    Args:
+        root: folder of the VOC tree. The file's header is ``image,patient[,study]`` in any order,
+            an image is a file's stem; other columns are ignored.
+
+    Returns:
+        ``(patient, study)`` by image id; without a study the patient stands for it. Empty if there
+        is no ``patients.csv``.
+
+    Raises:
+        ValueError: no text, no such header, a row without image or patient, or an image with two
+            patients or studies. The message names the file and the line.
+    """
+    path = Path(root) / "patients.csv"
+    patients: dict[str, tuple[str, str]] = {}
+    if not path.exists():
+        return patients
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            rows.fieldnames = [(name or "").strip().lower() for name in rows.fieldnames or ()]
+            if not {"image", "patient"} <= set(rows.fieldnames):
+                raise ValueError(
+                    f"{path}, line 1: the header is '{','.join(rows.fieldnames)[:80]}', expected "
+                    "image,patient or image,patient,study, separated by commas."
+                )
+            for row in rows:
+                image, patient, study = (
+                    (row.get(name) or "").strip() for name in ("image", "patient", "study")
+                )
+                where = f"{path}, line {rows.line_num}"
+                if not image or not patient:
+                    missing = "patient" if image else "image"
+                    raise ValueError(f"{where}: the {missing} is empty; fill it or drop the line.")
+                value = (patient, study or patient)
+                if patients.setdefault(image, value) != value:
+                    raise ValueError(
+                        f"{where}: the image {image} is of patient and study {value}, but was of "
+                        f"{patients[image]} before; expected one of each."
+                    )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text; save it as CSV in UTF-8.") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: is not CSV ({error}).") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+    return patients
+
+
+def _check_ratios(ratios: Sequence[float]) -> np.ndarray:
+    shares = np.asarray(ratios, dtype=float)
+    valid = shares.ndim == 1 and shares.size and np.isfinite(shares).all() and (shares >= 0).all()
+    if not valid or not math.isclose(shares.sum(), 1, abs_tol=1e-6):
+        raise ValueError(f"The ratios are {list(ratios)}, expected shares from 0 to 1 of sum 1.")
+    return shares
+
+
+def _draw(label: str, seed: int) -> bytes:
+    """A group's place in the draw: random to the eye, the same on every machine and version."""
+    return hashlib.sha256(f"{seed}:{label}".encode()).digest()
+
+
+def _count_groups(sizes: Sequence[int], shares: np.ndarray) -> np.ndarray:
+    """How many of the groups of each kind go into each split.
+
+    Args:
+        sizes: number of groups of each kind, K of them.
+        shares: sized (S,), of sum 1.
+
+    Returns:
+        Sized (K, S); row k has the sum ``sizes[k]``.
+    """
+    wanted = shares > 0
+    if sum(sizes) < wanted.sum():
+        raise ValueError(
+            f"There are {sum(sizes)} groups for {wanted.sum()} splits, expected at least one each; "
+            "give more groups or fewer splits."
+        )
+    counts = np.zeros((len(sizes), len(shares)), dtype=int)
+    owed = np.zeros(len(shares))  # groups that the kinds so far owe to each split
+    for size, row in zip(sizes, counts, strict=True):
+        row[:] = _largest_remainder(size, shares, owed)
+        while size >= wanted.sum() and (row[wanted] == 0).any():
+            row[row.argmax()] -= 1
+            row[np.flatnonzero(wanted & (row == 0))[0]] += 1
+        owed += size * shares - row
+    # Kinds that are each too few for all splits may leave one empty that they could fill together.
+    while (empty := wanted & (counts.sum(axis=0) == 0)).any():
+        rich = counts.sum(axis=0).argmax()
+        kind = counts[:, rich].argmax()
+        counts[kind, rich] -= 1
+        counts[kind, np.flatnonzero(empty)[0]] += 1
+    return counts
+
+
+def _largest_remainder(size: int, shares: np.ndarray, owed: np.ndarray) -> np.ndarray:
+    """Round ``size * shares`` to whole groups of the same sum; of equal remainders, the split that
+    is owed more goes first, so that the kinds do not all round the same way."""
+    quota = (size * shares).round(9)  # 10 * 0.3 may be a hair below 3
+    counts = np.floor(quota).astype(int)
+    first = np.lexsort((-owed.round(9), (counts - quota).round(9)))
+    counts[first[: size - counts.sum()]] += 1
+    return counts

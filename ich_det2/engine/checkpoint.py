@@ -1,0 +1,100 @@
+"""Checkpoints that cannot run code when loaded, and are written whole or not at all."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
+
+from ..files import write_atomically
+from ..modeling.backbone.timm_backbone import pretrained_state_dict
+
+TIMM_PREFIX = "timm://"
+
+# What a pickle of numpy arrays (Detectron2's model zoo) is made of, and nothing else.
+_SAFE_GLOBALS = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+}
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in _SAFE_GLOBALS:
+            raise pickle.UnpicklingError(f"it holds '{module}.{name}'")
+        return super().find_class(module, name)
+
+
+class IchCheckpointer(DetectionCheckpointer):
+    """:class:`DetectionCheckpointer` that also takes ``timm://NAME`` and loads only tensors.
+
+    ``timm://NAME`` are the ImageNet weights of a timm network for :class:`TimmBackbone`.
+    """
+
+    def load(self, path: str, *args, **kwargs) -> dict:
+        """As :meth:`DetectionCheckpointer.load`.
+
+        Raises:
+            ValueError: if the file holds anything but tensors, arrays and plain values, or a
+                ``timm://`` network's weights cannot be had.
+        """
+        if not path.startswith(TIMM_PREFIX):
+            return super().load(path, *args, **kwargs)
+        self.logger.info(f"[IchCheckpointer] Loading from {path} ...")
+        state = pretrained_state_dict(path[len(TIMM_PREFIX) :])
+        # Layers behind the last feature map (the classifier) are cut off in the model.
+        known = self.model.state_dict()
+        state = {key: value for key, value in state.items() if key in known}
+        if not state:
+            raise ValueError(
+                f"MODEL.WEIGHTS is '{path}', but no tensor of it fits the model's backbone; set"
+                " MODEL.TIMM.NAME to the same network."
+            )
+        self._log_incompatible_keys(self._load_model({"model": state}))
+        return {}
+
+    def _load_file(self, filename: str) -> dict:
+        if filename.endswith(".pkl"):
+            with PathManager.open(filename, "rb") as f:
+                try:
+                    _NumpyUnpickler(f, encoding="latin1").load()
+                except (pickle.UnpicklingError, EOFError, ValueError) as error:
+                    raise ValueError(
+                        f"{filename} is no pickle of numpy arrays alone ({error}); it is not"
+                        " loaded, since it could run code."
+                    ) from error
+        return super()._load_file(filename)
+
+    def _torch_load(self, f: str) -> dict:
+        try:
+            return torch.load(f, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            raise ValueError(
+                f"{f} is no checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
+            ) from error
+
+    def save(self, name: str, *, tag_last: bool = True, **kwargs) -> None:
+        """As ``Checkpointer.save``, but atomic, which fvcore's is not.
+
+        Args:
+            name: file name without suffix.
+            tag_last: whether ``--resume`` goes on from this file.
+            kwargs: further plain values to save.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict(), **kwargs}
+        data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info(f"Saving checkpoint to {path}")
+        with write_atomically(path, "wb") as f:
+            torch.save(data, f)
+        if tag_last:
+            self.tag_last_checkpoint(path.name)

@@ -1,0 +1,104 @@
+"""Hooks that validate the diagnosis during training and keep the best model."""
+
+import csv
+import json
+import logging
+import math
+from pathlib import Path
+
+from detectron2.engine import hooks
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+
+from ..evaluation.evaluator import write_csv
+from ..evaluation.plots import plot_history
+from ..files import write_atomically
+
+BEST_CHECKPOINT = "model_best"
+HISTORY = "diagnosis_history.csv"
+
+
+class DiagnosisHook(hooks.EvalHook):
+    """Validates every ``eval_period`` iterations and after the last one.
+
+    The metrics go to the event storage (TensorBoard), and their course to
+    ``diagnosis_history.csv`` and ``diagnosis_history.png`` in the output folder.
+    """
+
+    def __init__(self, eval_period: int, eval_function, output_dir: str | Path):
+        """
+        Args:
+            eval_period: iterations; 0 validates after the last one only.
+            eval_function: returns a nested dict of metrics, as an evaluator does.
+            output_dir: folder of the history's files.
+        """
+        super().__init__(eval_period, lambda: self._record(eval_function()))
+        self._output_dir = Path(output_dir)
+        self._history: list[dict] = []
+
+    def before_train(self):
+        path = self._output_dir / HISTORY
+        if self.trainer.start_iter > 0 and path.is_file() and comm.is_main_process():
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+            self._history = [r for r in rows if r["iteration"] <= self.trainer.start_iter]
+
+    def _record(self, results: dict) -> dict:
+        if comm.is_main_process() and results:
+            row = {"iteration": self.trainer.iter + 1, **flatten_results_dict(results)}
+            self._history.append(row)
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            fields = list(dict.fromkeys(key for row in self._history for key in row))
+            write_csv(self._output_dir / HISTORY, fields, self._history)
+            plot_history(self._history, self._output_dir / "diagnosis_history.png")
+        return results
+
+
+class BestCheckpointer(hooks.BestCheckpointer):
+    """Keeps ``model_best.pth``, the model with the largest validation metric.
+
+    Unlike Detectron2's, a tie goes to the later model (trained longer at equal quality), the
+    record in ``model_best.json`` survives ``--resume``, and ``last_checkpoint`` stays as it is.
+    """
+
+    def __init__(self, eval_period: int, checkpointer, val_metric: str):
+        """
+        Args:
+            eval_period: iterations, as :class:`DiagnosisHook`'s.
+            checkpointer: an ``IchCheckpointer``.
+            val_metric: e.g. "diagnosis/image_auc" or "bbox/AP50"; larger is better.
+        """
+        super().__init__(eval_period, checkpointer, val_metric, file_prefix=BEST_CHECKPOINT)
+        self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
+
+    def before_train(self):
+        if self.trainer.start_iter > 0 and self._record.is_file():
+            record = json.loads(self._record.read_text())
+            if record["metric"] == self._val_metric:
+                self.best_metric, self.best_iter = record["value"], record["iteration"]
+
+    def _best_checking(self):
+        logger = logging.getLogger(__name__)
+        latest = self.trainer.storage.latest().get(self._val_metric)
+        if latest is None:
+            known = sorted(k for k in self.trainer.storage.latest() if "/" in k)
+            raise ValueError(
+                f"TEST.DIAGNOSIS.BEST_METRIC is '{self._val_metric}', but the validation gave"
+                f" {known}."
+            )
+        value, iteration = latest
+        finite = math.isfinite(value)
+        if self.best_metric is not None and not (finite and value >= self.best_metric):
+            logger.info(
+                f"{self._val_metric} {value:.4f} is not above the best, {self.best_metric:.4f} at"
+                f" iteration {self.best_iter + 1}."
+            )
+            return
+        # An undefined metric still leaves something to diagnose with; any number beats it.
+        logger.info(f"{self._val_metric} {value:.4f} is the best so far.")
+        self._checkpointer.save(self._file_prefix, tag_last=False, iteration=iteration)
+        if finite:
+            self.best_metric, self.best_iter = value, iteration
+            record = {"metric": self._val_metric, "value": value, "iteration": iteration}
+            with write_atomically(self._record) as file:
+                json.dump(record, file)

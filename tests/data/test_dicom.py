@@ -1,0 +1,489 @@
+"""CT DICOM: HU against pydicom's own reading, refusals, series in anatomical order."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_rescale
+from pydicom.uid import (
+    MPEG2MPML,
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    RLELossless,
+    generate_uid,
+)
+
+from ich_det2.data.dicom import (
+    AIR_HU,
+    apply_window,
+    check_dicom,
+    read_hu,
+    read_identity,
+    read_series,
+)
+
+REAL = Path(__file__).parents[2] / "../shared/data/dicom"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom on files bad on purpose
+
+
+def make_ct(stored=None, *, bits=16, signed=True, syntax=ExplicitVRLittleEndian, **attributes):
+    """A CT slice of the given stored values; an attribute of None is left out."""
+    if stored is None:
+        stored = np.arange(12).reshape(3, 4)
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = CTImageStorage
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid()
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    ds.Modality = "CT"
+    ds.PatientID = "secret"
+    ds.StudyInstanceUID = "1.2"
+    ds.SeriesInstanceUID = "1.2.3"
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.Rows, ds.Columns = stored.shape[-2:]
+    ds.PixelSpacing = [0.5, 0.4]
+    ds.SliceThickness = 5
+    ds.BitsAllocated = 16
+    ds.BitsStored = bits
+    ds.HighBit = bits - 1
+    ds.PixelRepresentation = int(signed)
+    ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    words = (stored.astype(np.int64) & 0xFFFF).astype(order + "u2")
+    ds.PixelData = words.tobytes()
+    ds["PixelData"].VR = "OW"
+    for keyword, value in attributes.items():
+        if value is None:
+            delattr(ds, keyword)
+        else:
+            setattr(ds, keyword, value)
+    return ds
+
+
+def save(ds, path):
+    if ds.file_meta.TransferSyntaxUID.is_encapsulated:
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.save_as(path, enforce_file_format=True)
+    return path
+
+
+def reference(path):
+    """HU as pydicom computes them, float64."""
+    ds = pydicom.dcmread(path)
+    return apply_rescale(ds.pixel_array, ds)
+
+
+def refused(path, message):
+    """Both read_hu and check_dicom refuse, in one sentence that names the file."""
+    for function in (check_dicom, read_hu):
+        with pytest.raises(ValueError) as error:
+            function(path)
+        text = str(error.value)
+        assert text.startswith(f"{path}: "), text
+        assert message in text
+        assert "\n" not in text
+
+
+# --- read_hu -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [12, 14, 16])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(
+    "syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless]
+)
+def test_hu_equal_pydicom(tmp_path, bits, signed, syntax):
+    low = -(2 ** (bits - 1)) if signed else 0
+    values = np.random.default_rng(0).integers(low, low + 2**bits, (7, 5))
+    values.flat[:2] = low, low + 2**bits - 1
+    first = ExplicitVRLittleEndian if syntax.is_encapsulated else syntax
+    ds = make_ct(values, bits=bits, signed=signed, syntax=first)
+    if syntax.is_encapsulated:
+        ds.compress(syntax, generate_instance_uid=False)
+    path = save(ds, tmp_path / "a.dcm")
+    check_dicom(path)
+    hu = read_hu(path)
+    assert hu.dtype == np.float32
+    assert np.array_equal(hu, values - 1024)
+    assert np.array_equal(hu, reference(path))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_unused_high_bits_are_ignored(tmp_path, signed):
+    # -3 in 12 bits is 0xFFD; the four bits above it hold an overlay.
+    value = -3 if signed else 0xFFD
+    words = np.array([[0x0FFD, 0x5FFD, 0xFFFD, 0x8FFD]])
+    path = save(make_ct(words, bits=12, signed=signed), tmp_path / "a.dcm")
+    assert np.array_equal(read_hu(path), np.full((1, 4), value - 1024))
+    assert np.array_equal(read_hu(path), reference(path))
+
+
+def test_fractional_rescale(tmp_path):
+    values = np.random.default_rng(1).integers(-2048, 2048, (16, 16))
+    ds = make_ct(values, RescaleSlope="0.48828125", RescaleIntercept="-7.5")
+    path = save(ds, tmp_path / "a.dcm")
+    assert np.array_equal(read_hu(path), reference(path).astype(np.float32))
+    path = save(make_ct(values, RescaleSlope="1.0437"), tmp_path / "b.dcm")
+    np.testing.assert_allclose(read_hu(path), reference(path), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("vr", ["SS", "US"])
+def test_padding_becomes_air_whatever_its_vr(tmp_path, vr):
+    ds = make_ct(np.array([[-2000, 0, 1063]]))
+    ds.add_new("PixelPaddingValue", vr, -2000 if vr == "SS" else 0x10000 - 2000)
+    assert read_hu(save(ds, tmp_path / "a.dcm")).tolist() == [[AIR_HU, -1024, 39]]
+
+
+@pytest.mark.parametrize("limits", [(-2000, -1500), (-1500, -2000)])
+def test_padding_range_includes_both_ends(tmp_path, limits):
+    ds = make_ct(np.array([[-2001, -2000, -1700, -1500, -1499]]), RescaleIntercept=0)
+    ds.add_new("PixelPaddingValue", "SS", limits[0])
+    ds.add_new("PixelPaddingRangeLimit", "SS", limits[1])
+    hu = read_hu(save(ds, tmp_path / "a.dcm"))
+    assert hu.tolist() == [[-2001, AIR_HU, AIR_HU, AIR_HU, -1499]]
+
+
+def test_unsigned_padding(tmp_path):
+    ds = make_ct(np.array([[0, 63536, 1024]]), signed=False)
+    ds.add_new("PixelPaddingValue", "US", 63536)
+    assert read_hu(save(ds, tmp_path / "a.dcm")).tolist() == [[-1024, AIR_HU, 0]]
+
+
+def test_monochrome1_does_not_invert_hu(tmp_path):
+    path = save(make_ct(PhotometricInterpretation="MONOCHROME1"), tmp_path / "a.dcm")
+    assert np.array_equal(read_hu(path), np.arange(12).reshape(3, 4) - 1024)
+
+
+def test_result_is_writable_and_trailing_bytes_are_ignored(tmp_path):
+    ds = make_ct()
+    ds.PixelData += b"\0" * 6
+    hu = read_hu(save(ds, tmp_path / "a.dcm"))
+    hu += 1
+    assert hu[0, 0] == -1023
+
+
+def test_pydicom_ct_small():
+    path = get_testdata_file("CT_small.dcm", download=False)
+    padding = pydicom.dcmread(path).PixelPaddingValue
+    expected = reference(path)
+    expected[pydicom.dcmread(path).pixel_array == padding] = AIR_HU
+    check_dicom(path)
+    assert np.array_equal(read_hu(path), expected)
+
+
+@needs_real
+def test_real_compressed_and_uncompressed_are_equal():
+    plain = REAL / "cq500_693/693_UNCR.dcm"
+    hu = read_hu(plain)
+    inside = pydicom.dcmread(plain).pixel_array != -2000
+    assert hu.shape == (512, 512)
+    assert np.array_equal(hu[inside], reference(plain)[inside])
+    assert (hu[~inside] == AIR_HU).all() and (~inside).any()
+    packed = REAL / "cq500_693/693_J2KR.dcm"
+    check_dicom(packed)
+    assert np.array_equal(read_hu(packed), hu)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        ({"Modality": "MR"}, "Modality (0008,0060) is MR, expected CT"),
+        ({"Modality": None}, "has no Modality (0008,0060)"),
+        ({"PixelData": None}, "ends without Pixel Data"),
+        ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "colour"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR"),
+        ({"NumberOfFrames": 2}, "holds 2 frames, which is not supported"),
+        ({"RescaleSlope": None}, "has no Rescale Slope (0028,1053)"),
+        ({"RescaleIntercept": None}, "has no Rescale Intercept (0028,1052)"),
+        ({"RescaleIntercept": ""}, "has no Rescale Intercept (0028,1052)"),
+        ({"RescaleSlope": 0}, "Rescale Slope (0028,1053) is 0"),
+        ({"RescaleSlope": [1, 2]}, "Rescale Slope (0028,1053) has 2 values"),
+        ({"RescaleType": "Z_EFF"}, "Rescale Type (0028,1054) is Z_EFF, expected HU"),
+        ({"Rows": None}, "has no Rows (0028,0010)"),
+        ({"Rows": 0}, "Rows (0028,0010) is 0, expected 1 to 8192"),
+        ({"Columns": 65535}, "Columns (0028,0011) is 65535"),
+        ({"Rows": 4}, "is truncated: its pixel data has 24 bytes, its header says 32"),
+        ({"BitsAllocated": 8}, "Bits Allocated (0028,0100) is 8, expected 16"),
+        ({"BitsStored": 17}, "Bits Stored (0028,0101) is 17"),
+        ({"HighBit": 11}, "High Bit (0028,0102) is 11, expected 15"),
+        ({"PixelRepresentation": 2}, "Pixel Representation (0028,0103) is 2"),
+    ],
+)
+def test_refusals_name_attribute_and_value(tmp_path, attributes, message):
+    refused(save(make_ct(**attributes), tmp_path / "a.dcm"), message)
+
+
+def test_number_that_is_none(tmp_path):
+    path = save(make_ct(RescaleSlope="1.5"), tmp_path / "a.dcm")
+    path.write_bytes(path.read_bytes().replace(b"1.5 ", b"abc "))
+    refused(path, "Rescale Slope (0028,1053) cannot be read as a number")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\0" * 200, b"\0" * 128 + b"DICX" + b"\0" * 50]
+)
+def test_not_dicom(tmp_path, content):
+    path = tmp_path / "a.dcm"
+    path.write_bytes(content)
+    refused(path, "is not a DICOM file")
+
+
+def test_missing_file_and_folder(tmp_path):
+    for function in (read_hu, check_dicom, read_identity):
+        with pytest.raises(FileNotFoundError, match=r"none\.dcm: no such DICOM file"):
+            function(tmp_path / "none.dcm")
+    refused(tmp_path, "cannot be read")
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless])
+def test_every_cut_is_refused(tmp_path, syntax):
+    ds = make_ct(syntax=ImplicitVRLittleEndian if syntax.is_implicit_VR else ExplicitVRLittleEndian)
+    if syntax.is_encapsulated:
+        ds.compress(syntax)
+    whole = save(ds, tmp_path / "whole.dcm").read_bytes()
+    path = tmp_path / "cut.dcm"
+    # Lengths all over the file: preamble, header, tag of the pixel data,
+    # pixel data. A compressed file ends with an end marker whose length of zero says nothing.
+    last = len(whole) - (4 if syntax.is_encapsulated else 0)
+    for length in range(0, last, 5):
+        path.write_bytes(whole[:length])
+        refused(path, "")
+    path.write_bytes(whole[: last - 1])
+    refused(path, "is truncated")
+
+
+def test_compressed_faults(tmp_path):
+    ds = make_ct(syntax=JPEG2000Lossless)
+    ds.PixelData = encapsulate([b"12"]).replace(b"\x02\0\0\00012", b"\0\0\0\0")
+    refused(save(ds, tmp_path / "empty.dcm"), "empty compressed pixel data")
+
+    ds = make_ct(syntax=MPEG2MPML)
+    ds.PixelData = encapsulate([b"1234"])
+    refused(save(ds, tmp_path / "film.dcm"), "for which no decoder is installed")
+
+    ds = make_ct(syntax=JPEG2000Lossless)
+    ds.PixelData = encapsulate([b"no codestream!"])
+    path = save(ds, tmp_path / "noise.dcm")
+    check_dicom(path)  # whole as a file; only decoding shows the damage
+    with pytest.raises(ValueError, match=r"noise\.dcm: is damaged"):
+        read_hu(path)
+
+
+def test_compressed_image_of_another_size(tmp_path):
+    ds = make_ct(np.zeros((4, 4), int))
+    ds.compress(RLELossless)
+    ds.Rows = 5
+    with pytest.raises(ValueError, match=r"a\.dcm: "):
+        read_hu(save(ds, tmp_path / "a.dcm"))
+
+
+def test_deflated(tmp_path):
+    path = save(make_ct(syntax=DeflatedExplicitVRLittleEndian), tmp_path / "a.dcm")
+    refused(path, "is deflated")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("test-SR.dcm", "is SR, expected CT"),
+        ("MR_truncated.dcm", "is MR, expected CT"),
+        ("rtplan.dcm", "is RTPLAN, expected CT"),
+        ("no_meta.dcm", "is not a DICOM file"),
+        ("examples_rgb_color.dcm", "expected CT"),
+    ],
+)
+def test_pydicom_files_that_are_no_ct(name, message):
+    refused(Path(get_testdata_file(name, download=False)), message)
+
+
+@needs_real
+@pytest.mark.parametrize("name", ["693_UNCR.dcm", "693_J2KR.dcm"])
+def test_real_files_cut_short(tmp_path, name):
+    whole = (REAL / "cq500_693" / name).read_bytes()
+    path = tmp_path / name
+    for length in (100, 140, 400, 1000, 2000, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:length])
+        refused(path, "")
+
+
+def test_identity(tmp_path):
+    assert read_identity(save(make_ct(), tmp_path / "a.dcm")) == ("secret", "1.2")
+    assert read_identity(save(make_ct(PatientID=None), tmp_path / "b.dcm")) == ("", "1.2")
+
+
+# --- apply_window --------------------------------------------------------------------------------
+
+
+def test_window_by_hand():
+    # Level 50, width 100 is 0..100 HU: 25 HU -> 0.25, and what lies outside is clipped.
+    hu = np.array([[-1000, 0, 25, 50, 100, 3000]], dtype=np.float32)
+    before = hu.copy()
+    out = apply_window(hu, 50, 100)
+    assert out.dtype == np.float32
+    assert out.tolist() == [[0, 0, 0.25, 0.5, 1, 1]]
+    assert np.array_equal(hu, before)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int64, np.float64])
+def test_window_takes_any_number(dtype):
+    out = apply_window(np.array([-200, 40, 80], dtype=dtype), 40, 80)
+    assert out.dtype == np.float32
+    assert out.tolist() == [0, 0.5, 1]
+
+
+def test_window_against_the_standard():
+    # PS3.3 C.11.2.1.2.1, LINEAR: ((x - (c - 0.5)) / (w - 1) + 0.5), clipped.
+    hu = np.linspace(-50, 150, 2001, dtype=np.float32)
+    linear = np.clip((hu - 49.5) / 99 + 0.5, 0, 1)
+    difference = np.abs(apply_window(hu, 50, 100) - linear).max()
+    assert 0.0099 < difference <= 0.01 + 1e-6
+
+
+@pytest.mark.parametrize("level, width", [(50, 0), (50, -1), (50, np.nan), (np.inf, 100)])
+def test_window_refuses(level, width):
+    with pytest.raises(ValueError, match="positive width"):
+        apply_window(np.zeros(3), level, width)
+
+
+# --- read_series ---------------------------------------------------------------------------------
+
+AXIAL = [1, 0, 0, 0, 1, 0]
+SAGITTAL = [0, 1, 0, 0, 0, -1]
+
+
+def make_slice(height, orientation=AXIAL, **attributes):
+    """A slice at a height in mm along the normal of its orientation."""
+    normal = np.cross(orientation[:3], orientation[3:])
+    position = [float(v) for v in normal * height]
+    return make_ct(ImagePositionPatient=position, ImageOrientationPatient=orientation, **attributes)
+
+
+def names(series):
+    return [path.name for path in series.files]
+
+
+def test_slices_are_sorted_along_the_normal(tmp_path):
+    # Names and instance numbers run against the anatomy; one folder deeper is found too.
+    (tmp_path / "deep").mkdir()
+    save(make_slice(12, InstanceNumber=1), tmp_path / "a")
+    save(make_slice(-3, InstanceNumber=2), tmp_path / "deep" / "b.dcm")
+    save(make_slice(2, InstanceNumber=3), tmp_path / "c.dcm")
+    (series,), skipped = read_series(tmp_path)
+    assert names(series) == ["b.dcm", "c.dcm", "a"]
+    assert series.spacing_mm == (7.5, 0.5, 0.4)  # gaps 5 and 10
+    assert (series.series_uid, series.study_uid, series.patient_id) == ("1.2.3", "1.2", "secret")
+    assert skipped == []
+
+
+def test_series_and_orientations_are_apart(tmp_path):
+    for index, height in enumerate((5, 0)):
+        save(make_slice(height), tmp_path / f"axial{index}.dcm")
+        save(make_slice(height, SAGITTAL), tmp_path / f"sagittal{index}.dcm")
+        save(make_slice(height, SeriesInstanceUID="1.2.2"), tmp_path / f"other{index}.dcm")
+    series, skipped = read_series(tmp_path)
+    assert [names(s) for s in series] == [
+        ["other1.dcm", "other0.dcm"],
+        ["axial1.dcm", "axial0.dcm"],
+        ["sagittal1.dcm", "sagittal0.dcm"],
+    ]
+    assert skipped == []
+
+
+def test_everything_else_is_skipped_with_a_reason(tmp_path):
+    save(make_slice(0), tmp_path / "slice0.dcm")
+    save(make_slice(5), tmp_path / "slice1.dcm")
+    save(make_slice(9, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), tmp_path / "scout.dcm")
+    save(make_slice(9, Modality="SR", PixelData=None), tmp_path / "report.dcm")
+    save(make_slice(9, SeriesInstanceUID=None), tmp_path / "stray.dcm")
+    save(make_ct(), tmp_path / "nowhere.dcm")
+    save(make_slice(9, [0] * 6), tmp_path / "flat.dcm")
+    (tmp_path / "notes.txt").write_text("hello")
+    shutil.copy(tmp_path / "slice0.dcm", tmp_path / "slice0_copy.dcm")
+    (tmp_path / "cut.dcm").write_bytes((tmp_path / "slice0.dcm").read_bytes()[:-1])
+    (tmp_path / "broken_link").symlink_to(tmp_path / "nothing")
+    (series,), skipped = read_series(tmp_path)
+    assert names(series) == ["slice0.dcm", "slice1.dcm"]
+    reasons = {path.name: reason for path, reason in skipped}
+    assert list(reasons) == sorted(reasons)
+    expected = {
+        "broken_link": "is not a regular file.",
+        "cut.dcm": "is truncated",
+        "flat.dcm": "has no position or orientation",
+        "notes.txt": "is not a DICOM file",
+        "nowhere.dcm": "has no position or orientation",
+        "report.dcm": "is SR, expected CT.",
+        "scout.dcm": "is a localizer",
+        "slice0_copy.dcm": "repeats the image slice0.dcm",
+        "stray.dcm": "has no Series Instance UID",
+    }
+    assert reasons.keys() == expected.keys()
+    for name, part in expected.items():
+        assert part in reasons[name]
+        assert str(tmp_path) not in reasons[name]
+
+
+def test_single_file_needs_no_geometry(tmp_path):
+    save(make_ct(PixelSpacing=None), tmp_path / "only.dcm")
+    (series,), skipped = read_series(tmp_path)
+    assert names(series) == ["only.dcm"]
+    assert series.spacing_mm[0] == 5
+    assert np.isnan(series.spacing_mm[1:]).all()
+    assert skipped == []
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path):
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside.mkdir()
+    inside.mkdir()
+    save(make_slice(0), outside / "a.dcm")
+    save(make_slice(5), inside / "b.dcm")
+    (inside / "file.dcm").symlink_to(outside / "a.dcm")
+    (inside / "folder").symlink_to(outside)
+    (series,), skipped = read_series(inside)
+    assert names(series) == ["b.dcm"]
+    assert [path.name for path, _ in skipped] == ["file.dcm", "folder"]
+    assert all("not followed" in reason for _, reason in skipped)
+    # The folder itself may be a link.
+    (tmp_path / "link").symlink_to(inside)
+    assert names(read_series(tmp_path / "link")[0][0]) == ["b.dcm"]
+
+
+def test_missing_or_empty_folder(tmp_path):
+    assert read_series(tmp_path) == ([], [])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_series(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        read_series(tmp_path / "file")
+
+
+@needs_real
+def test_real_tilted_series(tmp_path):
+    sources = sorted((REAL / "ge_tilted_series").glob("*.dcm"))
+    order = np.random.default_rng(0).permutation(len(sources))
+    for source, place in zip(sources, order, strict=True):
+        shutil.copy(source, tmp_path / f"{place}.dcm")
+    (series,), skipped = read_series(tmp_path)
+    assert skipped == []
+    # The source names count up from the base of the skull.
+    assert names(series) == [f"{place}.dcm" for place in order]
+    heights = [float(pydicom.dcmread(p).ImagePositionPatient[2]) for p in series.files]
+    assert heights == sorted(heights)
+    gaps = np.diff(heights) * np.cos(np.deg2rad(18.5))  # the normal is tilted by 18.5 degrees
+    assert series.spacing_mm[0] == pytest.approx(np.median(gaps), abs=0.1)

@@ -1,0 +1,193 @@
+"""Splits: a partition, no group in two of them, shares and positives as asked."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ich_det2.data.splits import (
+    find_images,
+    read_patients,
+    split_by_group,
+    split_by_image,
+)
+
+quick = settings(max_examples=80, deadline=None)
+RATIOS = [0.5, 0.2, 0.3]
+
+
+def ratios_of(weights):
+    return [weight / sum(weights) for weight in weights]
+
+
+cases = st.tuples(
+    st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=60),
+    st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any).map(ratios_of),
+    st.integers(0, 5),
+)
+
+
+@quick
+@given(cases)
+def test_every_split_is_a_partition_by_group(case):
+    rows, ratios, seed = case
+    groups, labels = [g for g, _ in rows], [p for _, p in rows]
+    splits_wanted = sum(ratio > 0 for ratio in ratios)
+    if len(set(groups)) < splits_wanted:
+        with pytest.raises(ValueError, match="groups for"):
+            split_by_group(groups, ratios, stratify=labels, seed=seed)
+        return
+    parts = split_by_group(groups, ratios, stratify=labels, seed=seed)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(rows)))
+    owners = [{groups[i] for i in part} for part in parts]
+    assert sum(len(owner) for owner in owners) == len(set(groups))
+    assert [bool(owner) for owner in owners] == [ratio > 0 for ratio in ratios]
+    assert all((np.diff(part) > 0).all() for part in parts)
+
+
+@quick
+@given(cases, st.randoms(use_true_random=False))
+def test_order_of_the_images_does_not_matter(case, random):
+    rows, _, seed = case
+    shuffled = random.sample(rows, len(rows))
+
+    def assignment(some):
+        parts = split_by_group(
+            [g for g, _ in some], [1.0], stratify=[p for _, p in some], seed=seed
+        )
+        if len({g for g, _ in some}) > 1:
+            parts = split_by_group(
+                [g for g, _ in some], [0.6, 0.4], stratify=[p for _, p in some], seed=seed
+            )
+        return {some[i][0]: k for k, part in enumerate(parts) for i in part}
+
+    assert assignment(rows) == assignment(shuffled)
+
+
+def count(groups, parts):
+    return [len({groups[i] for i in part}) for part in parts]
+
+
+def test_counts_by_hand():
+    # 10 positive patients: 5, 2, 3. 7 negative: 3.5, 1.4, 2.1 -> 3, 1, 2 and the one left over goes
+    # to the largest remainder, 0.5: 4, 1, 2. Each patient has two images, one positive at most.
+    groups = [f"p{k}" for k in range(17) for _ in range(2)]
+    labels = [k < 10 and image == 0 for k in range(17) for image in range(2)]
+    parts = split_by_group(groups, RATIOS, stratify=labels)
+    assert count(groups, parts) == [9, 3, 5]
+    positives = [[i for i in part if int(groups[i][1:]) < 10] for part in parts]
+    assert count(groups, positives) == [5, 2, 3]
+
+
+def test_each_split_gets_positives_if_there_are_enough():
+    # 5 positive patients at 0.8, 0.1, 0.1 are 4, 0.5, 0.5: without the minimum one split has none.
+    labels = [k < 5 for k in range(50)]
+    parts = split_by_group(range(50), [0.8, 0.1, 0.1], stratify=labels)
+    assert [sum(labels[i] for i in part) for part in parts] == [3, 1, 1]
+
+
+def test_two_kinds_too_few_alone_fill_all_splits_together():
+    parts = split_by_group(range(4), [0.4, 0.3, 0.3], stratify=[True, True, False, False])
+    assert sorted(len(part) for part in parts) == [1, 1, 2]
+
+
+def test_without_labels_and_with_a_share_of_zero():
+    parts = split_by_group(range(10), [0.7, 0.0, 0.3])
+    assert [len(part) for part in parts] == [7, 0, 3]
+
+
+def test_seeds():
+    first, again, other = (split_by_group(range(40), RATIOS, seed=s) for s in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_one_split_takes_all():
+    assert split_by_group(["a", "b"], [1])[0].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("ratios", [[], [0.5, 0.4], [1.5, -0.5], [np.nan, 1], [[1.0]], [0.0]])
+def test_wrong_ratios(ratios):
+    with pytest.raises(ValueError, match="expected shares from 0 to 1 of sum 1"):
+        split_by_group(range(5), ratios)
+
+
+def test_wrong_lengths_and_too_few_groups():
+    with pytest.raises(ValueError, match="stratify has 2 labels, expected 3"):
+        split_by_group("abc", [1], stratify=[True, False])
+    with pytest.raises(ValueError, match="There are 2 groups for 3 splits"):
+        split_by_group("aabb", RATIOS)
+    with pytest.raises(ValueError, match="0 groups for 1 splits"):
+        split_by_group([], [1])
+
+
+def test_by_image_divides_images():
+    images = [f"i{k}" for k in range(20)]
+    labels = [k % 2 == 0 for k in range(20)]
+    parts = split_by_image(images, RATIOS, stratify=labels, seed=4)
+    assert [len(part) for part in parts] == [10, 4, 6]
+    assert [sum(labels[i] for i in part) for part in parts] == [5, 2, 3]
+    with pytest.raises(ValueError, match="ids that repeat"):
+        split_by_image(["a", "a"], [1])
+
+
+# --- reading a tree ------------------------------------------------------------------------------
+
+
+def patients_of(root, text):
+    (root / "patients.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_patients(root)
+
+
+def test_patients(tmp_path):
+    assert read_patients(tmp_path) == {}
+    assert patients_of(tmp_path, "image,patient,study\na,P1,S1\nb,P1,S2\n\n") == {
+        "a": ("P1", "S1"),
+        "b": ("P1", "S2"),
+    }
+    # Any order, other columns, spaces, a byte order mark, Windows lines, the same line twice.
+    text = "\ufeffage, Patient ,image\r\n70,P1, a\r\n70,P1,a\r\n"
+    assert patients_of(tmp_path, text) == {"a": ("P1", "P1")}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "line 1: the header is ''"),
+        ("a,P1\nb,P2\n", "line 1: the header is 'a,p1', expected image,patient"),
+        ("image;patient\na;P1\n", "line 1: the header is 'image;patient'"),
+        ("image,patient\na,P1\na,P2\n", "line 3: the image a is of patient and study"),
+        ("image,patient,study\na,P1,S1\na,P1,S2\n", "line 3: the image a"),
+        ("image,patient\na\n", "line 2: the patient is empty"),
+        ("image,patient\n,P1\n", "line 2: the image is empty"),
+        (b"image,patient\na,M\xfcller\n", "is not UTF-8"),
+        ("image,patient\na," + "x" * 200_000 + "\n", "is not CSV"),
+    ],
+)
+def test_wrong_patients_name_file_and_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=r"patients\.csv") as error:
+        patients_of(tmp_path, text)
+    assert message in str(error.value)
+
+
+def test_images(tmp_path):
+    for name in ("DICOM/b.dcm", "JPEGImages/b.png", "JPEGImages/a.JPG", "JPEGImages/.c.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    (tmp_path / "DICOM/readme.txt").touch()
+    images = find_images(tmp_path)
+    assert list(images.items()) == [
+        ("a", tmp_path / "JPEGImages/a.JPG"),
+        ("b", tmp_path / "DICOM/b.dcm"),
+    ]
+    (tmp_path / "DICOM/x y.dcm").touch()
+    with pytest.raises(ValueError, match=r"x y\.dcm: has a space"):
+        find_images(tmp_path)
+
+
+def test_no_images(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        find_images(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no images"):
+        find_images(tmp_path)

@@ -1,0 +1,69 @@
+#!/usr/bin/env python
+"""Trains, validates and tests a detector on head CT; Detectron2's own command line.
+
+    python tools/train_net.py --config-file configs/csfrcnn_r50.yaml DATASETS.ICH_ROOT my/data
+    python tools/train_net.py --config-file output/csfrcnn_r50/config.yaml --eval-only \\
+        MODEL.WEIGHTS output/csfrcnn_r50/model_best.pth
+
+In OUTPUT_DIR: config.yaml with the anchors used, model_best.pth by validation, model_final.pth,
+metrics.json and TensorBoard events, diagnosis_history.csv and .png, and for each dataset
+inference/<dataset>/ with image_scores.csv, diagnosis_thresholds.csv, diagnosis.json,
+coco_instances_results.json and the curves. Without a GPU, --num-gpus N runs N processes on the CPU.
+"""
+
+import sys
+
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from ich_det2.data import register_ich_datasets
+from ich_det2.engine import IchCheckpointer, IchTrainer
+from ich_det2.engine.setup import check_config, load_config
+
+
+def main(args, cfg):
+    # Spawned processes start with empty registries of data.
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = IchTrainer.build_model(cfg)
+        checkpointer = IchCheckpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = IchTrainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = IchTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+    return trainer.test_best()
+
+
+def parse_args(argv=None):
+    parser = default_argument_parser(epilog=__doc__)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse_args()
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        check_config(
+            cfg,
+            eval_only=args.eval_only,
+            resume=args.resume,
+            num_processes=args.num_gpus * args.num_machines,
+        )
+        cfg.freeze()
+    except (FileNotFoundError, ValueError) as error:
+        print(f"train_net.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, cfg),
+    )
