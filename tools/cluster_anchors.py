@@ -22,6 +22,7 @@ from ich_det2.engine.setup import load_config, training_boxes_wh
 from ich_det2.files import write_atomically
 
 IOU_THRESHOLDS = (0.5, 0.7)
+STOCK = "Detectron2's default"
 
 
 def parse_args(argv=None):
@@ -74,7 +75,7 @@ def main(argv=None) -> int:
             boxes_wh,
             {
                 "clustered": anchors,
-                "Detectron2's default": Anchors(default.SIZES[0], default.ASPECT_RATIOS[0]),
+                STOCK: Anchors(default.SIZES[0], default.ASPECT_RATIOS[0]),
             },
         )
     )

@@ -16,16 +16,19 @@ import sys
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from ich_det2.data import register_ich_datasets
 from ich_det2.engine import IchCheckpointer, IchTrainer
-from ich_det2.engine.setup import check_config, load_config
+from ich_det2.engine.setup import check_config, load_config, log_to_terminal
 
 
-def main(args, cfg):
+def train(args, cfg) -> dict:
+    """Trains and tests, or only tests, in each of the launched processes."""
     # Spawned processes start with empty registries of data.
     register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ich_det2")
     if args.eval_only:
         model = IchTrainer.build_model(cfg)
         checkpointer = IchCheckpointer(model, cfg.OUTPUT_DIR)
@@ -40,30 +43,29 @@ def main(args, cfg):
     return trainer.test_best()
 
 
-def parse_args(argv=None):
-    parser = default_argument_parser(epilog=__doc__)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    args = parse_args()
+def main(argv=None) -> int:
+    args = default_argument_parser(epilog=__doc__).parse_args(argv)
+    num_processes = args.num_gpus * args.num_machines
     try:
-        cfg = load_config(args.config_file, args.opts)
-        check_config(
-            cfg,
-            eval_only=args.eval_only,
-            resume=args.resume,
-            num_processes=args.num_gpus * args.num_machines,
-        )
-        cfg.freeze()
+        with log_to_terminal():
+            cfg = load_config(args.config_file, args.opts)
+            check_config(
+                cfg, eval_only=args.eval_only, resume=args.resume, num_processes=num_processes
+            )
     except (FileNotFoundError, ValueError) as error:
         print(f"train_net.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    cfg.freeze()
     launch(
-        main,
+        train,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
         args=(args, cfg),
     )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
