@@ -1,0 +1,558 @@
+"""A trained model on files from disk: which slices there are, and what the model finds on them.
+
+Sizes: H, W are an image's rows and columns, M its boxes.
+"""
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import torch
+import yaml
+from detectron2.config import CfgNode
+from PIL import Image
+
+from ..data.dicom import check_dicom, read_series
+from ..data.mapper import IchDatasetMapper
+from ..data.splits import IMAGE_FOLDERS, read_patients
+from .setup import load_config, load_trained, needs_anchors
+
+WEIGHTS = ("model_best.pth", "model_final.pth")
+"""Weights in a training run's OUTPUT_DIR, the first preferred."""
+
+IMAGE_SUFFIXES = IMAGE_FOLDERS["JPEGImages"]
+REMOVED = "[removed]"
+"""Stands in file names for what would tell whose they are."""
+
+# Enough to hide the decoding of most files behind a network; each holds one slice in memory.
+_READERS = 4
+_CT_STORAGE = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # CT, Enhanced CT
+_HEADER = (
+    "SOPClassUID",
+    "Modality",
+    "ImageType",
+    "PatientID",
+    "PatientName",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "SOPInstanceUID",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+)
+
+
+# ---- the slices ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice to diagnose.
+
+    Attributes:
+        path: where it is.
+        file: its path under the given folder, or its name; fit to be written down.
+        patient, series: pseudonyms, "patient-001" and "series-01" (of that patient).
+        index: 0-based; along the slice normal in a DICOM series, else by file name.
+        given: named by the user, not found in a folder.
+        patient_id, series_uid, sop_uid: as in the header; empty where there is none.
+    """
+
+    path: Path
+    file: str
+    patient: str
+    series: str
+    index: int
+    given: bool
+    patient_id: str
+    series_uid: str
+    sop_uid: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file in a folder that is not diagnosed.
+
+    Attributes:
+        file: as in :class:`Slice`.
+        reason: in words.
+        lost: whether it is, or may be, a slice that a reader would have to look at.
+        patients: pseudonyms of those who may have lost it.
+    """
+
+    file: str
+    reason: str
+    lost: bool = False
+    patients: tuple[str, ...] = ()
+
+
+def find_slices(
+    inputs: Sequence[str | os.PathLike], *, identify: bool = False
+) -> tuple[list[Slice], list[Skipped]]:
+    """Finds the CT slices in files and folders; reads headers only.
+
+    A patient is, in this order: who ``patients.csv`` of a VOC tree says; the Patient ID; the
+    study, where there is no Patient ID; the file itself. It is numbered by (Patient ID, Study
+    Instance UID).
+
+    Args:
+        inputs: DICOM files, PNG or JPEG files, and folders of them.
+        identify: keep names and IDs of patients and UIDs in ``file``.
+
+    Returns:
+        The slices by patient, series and position, and the files of folders that are none.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence that names a given file that cannot be read, or
+            saying that there is no slice.
+    """
+    _read_patients.cache_clear()
+    found: list[_Found] = []
+    skipped: list[_Found] = []
+    inputs = [Path(path) for path in inputs]
+    given = {path.resolve() for path in inputs if not path.is_dir()}
+    for folder in (path for path in inputs if path.is_dir()):
+        new, bad = _find_in_folder(folder)
+        found += new
+        skipped += bad
+    found += _find_given([path for path in inputs if not path.is_dir()])
+
+    # Several inputs may hold the same file, or the same image in different files.
+    images: dict[str, _Found] = {}
+    unique: dict[Path, _Found] = {}
+    for entry in found:
+        resolved = entry.path.resolve()
+        first = images.setdefault(entry.header["SOPInstanceUID"] or str(resolved), entry)
+        if first is entry:
+            unique[resolved] = entry
+        elif resolved not in unique:
+            entry.reason = f"repeats the image {first.file} (SOP Instance UID)."
+            skipped.append(entry)
+    skipped = {entry.path.resolve(): entry for entry in skipped}
+    skipped = [entry for path, entry in skipped.items() if path not in unique]
+    unique = list(unique.values())
+    if not unique:
+        raise ValueError(_nothing_found(inputs, skipped))
+
+    # A file that looks like a slice but does not say whose may be of any patient beside it.
+    beside: dict[Path, set[tuple]] = {}
+    for entry in unique:
+        beside.setdefault(entry.path.parent, set()).add(entry.patient_key)
+    kinds = {(entry.path.parent, entry.suffix) for entry in unique}
+    owners: list[tuple[_Found, bool, set[tuple]]] = []
+    for entry in skipped:
+        alike = entry.is_blank and (entry.path.parent, entry.suffix) in kinds
+        lost = (entry.looks_like_slice or alike) and entry.header["SOPInstanceUID"] not in images
+        keys = beside.get(entry.path.parent, set()) if entry.is_blank else {entry.patient_key}
+        owners.append((entry, lost, keys if lost else set()))
+
+    order: dict[tuple, tuple] = {}
+    for entry in unique:
+        order.setdefault(entry.patient_key, entry.order_key)
+        order[entry.patient_key] = min(order[entry.patient_key], entry.order_key)
+    for entry, _, keys in owners:
+        for key in keys:
+            order.setdefault(key, entry.order_key)
+    patients = {
+        key: f"patient-{i:03d}" for i, key in enumerate(sorted(order, key=order.get), start=1)
+    }
+    remove = (lambda text: text) if identify else _remover(unique + skipped)
+
+    groups: dict[tuple, dict[tuple, list[_Found]]] = {}
+    for entry in unique:
+        groups.setdefault(entry.patient_key, {}).setdefault(entry.series_key, []).append(entry)
+    slices = []
+    for key in patients:
+        series = sorted(groups.get(key, {}).items())
+        for number, (_, entries) in enumerate(series, start=1):
+            for index, entry in enumerate(entries):
+                slices.append(
+                    Slice(
+                        path=entry.path,
+                        file=remove(entry.file),
+                        patient=patients[key],
+                        series=f"series-{number:02d}",
+                        index=index,
+                        given=entry.path.resolve() in given,
+                        patient_id=entry.header["PatientID"] or entry.listed_patient,
+                        series_uid=entry.header["SeriesInstanceUID"],
+                        sop_uid=entry.header["SOPInstanceUID"],
+                    )
+                )
+    return slices, [
+        Skipped(
+            remove(entry.file),
+            remove(entry.reason),
+            lost=lost,
+            patients=tuple(sorted(patients[key] for key in keys)),
+        )
+        for entry, lost, keys in owners
+    ]
+
+
+class _Found:
+    """A file on the way to a :class:`Slice` or a :class:`Skipped`."""
+
+    def __init__(self, path: Path, folder: Path | None, *, group: int = 0, reason: str = ""):
+        """
+        Args:
+            path: the file.
+            folder: the given folder in which it was found.
+            group: tells series of one UID apart.
+            reason: why it is skipped.
+        """
+        self.path = path
+        name = path.name if folder is None else path.relative_to(folder).as_posix()
+        # Names of files need not be text.
+        self.file = os.fsencode(name).decode("utf-8", "replace")
+        self.reason = reason
+        self.is_image = path.suffix.lower() in IMAGE_SUFFIXES
+        self.header = dict.fromkeys(_HEADER, "") if self.is_image else _read_header(path)
+        self.listed_patient, tree = _listed_patient(path)
+        # Without a header there is no telling what it is, nor whose.
+        self.is_blank = not (self.is_image or any(self.header.values()))
+        # The end of a UID, as of a file exported by a PACS, is no suffix.
+        self.suffix = "" if path.suffix[1:].isdigit() else path.suffix.lower()
+
+        study, series = self.header["StudyInstanceUID"], self.header["SeriesInstanceUID"]
+        itself = _natural(os.fspath(path))
+        if self.listed_patient:
+            self.patient_key = ("listed", tree, self.listed_patient)
+        elif self.is_image:
+            self.patient_key = ("file", os.fspath(path))
+        else:
+            # As in training: without Patient ID the study stands for the patient.
+            patient = self.header["PatientID"]
+            self.patient_key = ("header", patient or study or series or os.fspath(path))
+        patient = self.listed_patient or self.header["PatientID"]
+        self.order_key = (_natural(patient), study, series, itself)
+        # Images without a header are one series per folder.
+        self.series_key = (study, series, os.fspath(path.parent) if self.is_image else "", group)
+
+    @property
+    def looks_like_slice(self) -> bool:
+        """Whether the file says that it is a slice, by its header or else by its name."""
+        if self.is_image or self.is_blank:
+            return self.is_image or self.suffix in IMAGE_FOLDERS["DICOM"]
+        return (
+            self.header["Modality"] in ("", "CT")
+            and self.header["SOPClassUID"] in ("", *_CT_STORAGE)
+            and "LOCALIZER" not in self.header["ImageType"].upper()
+        )
+
+
+def _find_in_folder(folder: Path) -> tuple[list[_Found], list[_Found]]:
+    series, unusable = read_series(folder)
+    found = [
+        _Found(path, folder, group=i) for i, group in enumerate(series) for path in group.files
+    ]
+    images, skipped = [], []
+    root = folder.resolve()
+    for path, reason in unusable:
+        # Links out of the folder are not followed, as in `read_series`.
+        within = path.is_file() and path.resolve().is_relative_to(root)
+        if within and path.suffix.lower() in IMAGE_SUFFIXES:
+            reason = _image_fault(path)
+        (skipped if reason else images).append(_Found(path, folder, reason=reason))
+    return found + sorted(images, key=lambda entry: _natural(entry.file)), skipped
+
+
+def _find_given(paths: Sequence[Path]) -> list[_Found]:
+    """Raises: FileNotFoundError, ValueError: naming the first file that cannot be read."""
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder; check the path.")
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            if fault := _image_fault(path):
+                raise ValueError(f"{path}: {fault}")
+        else:
+            check_dicom(path)
+        found.append(_Found(path, None))
+    # Files of one series may be given one by one; `read_series` takes folders alone.
+    return sorted(found, key=lambda entry: (_height(entry.header), _natural(entry.file)))
+
+
+def _image_fault(path: Path) -> str:
+    """Why the header of a PNG or JPEG is refused; empty if it is not."""
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+    except Exception as error:  # Pillow answers damage with many kinds of errors
+        return f"cannot be read as an image ({_reason(error, path)})."
+    if mode.startswith(("I", "F")):
+        return f"has pixels of more than 8 bit (mode {mode}), expected a windowed 8-bit image."
+    return ""
+
+
+def _read_header(path: Path) -> dict:
+    """What a DICOM header tells for grouping; empty strings where it does not."""
+    try:
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER))
+    except Exception:  # no DICOM, or damaged in any way
+        return dict.fromkeys(_HEADER, "")
+    header = {}
+    for keyword in _HEADER:
+        try:
+            value = dataset.get(keyword)
+            header[keyword] = "" if value is None else str(value).strip()
+        except Exception:  # pydicom converts on access
+            header[keyword] = ""
+    header["SOPClassUID"] = header["SOPClassUID"] or str(
+        dataset.file_meta.get("MediaStorageSOPClassUID", "")
+    )
+    return header
+
+
+def _height(header: dict) -> float:
+    """Position along the slice normal, mm; 0 where the header does not say."""
+    position, rows_columns = (
+        np.array([float(x) for x in re.findall(r"-?\d[\d.eE+-]*", header[key])])
+        for key in ("ImagePositionPatient", "ImageOrientationPatient")
+    )
+    if position.size != 3 or rows_columns.size != 6:
+        return 0.0
+    return float(position @ np.cross(rows_columns[:3], rows_columns[3:]))
+
+
+@cache
+def _read_patients(tree: Path) -> dict[str, tuple[str, str]]:
+    return read_patients(tree)
+
+
+def _listed_patient(path: Path) -> tuple[str, str]:
+    """Patient by ``patients.csv`` of the VOC tree that an image is in, and the tree; or empty."""
+    folder = path.absolute().parent
+    if folder.name not in IMAGE_FOLDERS:
+        return "", ""
+    patient, _ = _read_patients(folder.parent).get(path.stem, ("", ""))
+    return patient, os.fspath(folder.parent)
+
+
+def _remover(entries: Iterable[_Found]):
+    """A function that takes identities out of names of files and of reasons.
+
+    Exports name files after the SOP Instance UID, and folders after the patient.
+    """
+    words = set()
+    for entry in entries:
+        name = re.split(r"[\^=,\s]+", entry.header["PatientName"])
+        words |= {w for w in (entry.header["PatientID"], "".join(name), *name) if len(w) > 2}
+    # Whole words in any case; what is longer goes first. A UID is digits with four points or more.
+    known = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    pattern = r"\d+(?:\.\d+){4,}" + (rf"|(?<![^\W_])(?:{known})(?![^\W_])" if known else "")
+    return lambda text: re.sub(pattern, REMOVED, text, flags=re.IGNORECASE)
+
+
+def _nothing_found(inputs: Sequence[Path], skipped: Sequence[_Found]) -> str:
+    where = ", ".join(str(path) for path in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
+    if not skipped:
+        return f"{where}: holds no file; expected CT slices (DICOM, PNG or JPEG)."
+    return (
+        f"{where}: none of {len(skipped)} files is a readable CT slice; the first, "
+        f"{skipped[0].file}, {skipped[0].reason.rstrip('.')}."
+    )
+
+
+def _natural(text: str) -> tuple:
+    """Sorts "slice_9" before "slice_10"."""
+    return tuple((int(x), "") if x.isdigit() else (-1, x) for x in re.split(r"([0-9]+)", text))
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """An error's first line without the path of the file, which says where a user's data are."""
+    text = (str(error).splitlines() or [type(error).__name__])[0].strip()
+    text = text.removeprefix(f"{path}: ").removeprefix(f"{path} ")
+    return text.replace(os.fspath(path.absolute()), path.name).replace(os.fspath(path), path.name)
+
+
+# ---- the model -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a model finds on a slice.
+
+    Attributes:
+        boxes: float32 (M, 4): x0, y0, x1, y1 in pixels of the original image.
+        scores: float64 (M,), so that they compare with a threshold as in the evaluation.
+        classes: int (M,), indices into ``DATASETS.ICH_CLASSES``.
+        size: (H, W) of the original image.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    size: tuple[int, int]
+
+    @property
+    def score(self) -> float:
+        """The slice's score: the highest of its boxes, 0 without boxes."""
+        return self.scores.max().item() if len(self.scores) else 0.0
+
+    def at_least(self, score: float) -> "Detections":
+        """The boxes of this score and more, and in any case the highest."""
+        if not len(self.scores):
+            return self
+        keep = self.scores >= min(score, self.score)
+        return Detections(self.boxes[keep], self.scores[keep], self.classes[keep], self.size)
+
+
+def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, Path]:
+    """Reads what a training run left in its OUTPUT_DIR.
+
+    Args:
+        folder: holds ``config.yaml`` and one of ``WEIGHTS``.
+        device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
+
+    Returns:
+        The config and the path of the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence, if something is missing or unreadable.
+    """
+    folder = Path(folder)
+    config = folder / "config.yaml"
+    expected = "expected OUTPUT_DIR of a training run by tools/train_net.py"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; {expected}.")
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder}: holds no config.yaml; {expected}.")
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; {expected}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but PyTorch finds no GPU; use --device cpu.")
+    try:
+        cfg = load_config(config, ["MODEL.DEVICE", device] if device else [])
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(f"{config}: is no config of Detectron2 ({_reason(error, config)}).") from (
+            error
+        )
+    if needs_anchors(cfg):
+        raise ValueError(
+            f"{config}: leaves the anchors open, so the weights cannot be used; take the "
+            "config.yaml that training wrote beside them."
+        )
+    return cfg, weights
+
+
+class Diagnoser:
+    """Runs a trained detector over slices, in batches, while the next ones are decoded."""
+
+    def __init__(self, model: torch.nn.Module, mapper: IchDatasetMapper, *, batch_size: int):
+        """
+        Args:
+            model: ``GeneralizedRCNN`` in evaluation mode.
+            mapper: of evaluation (``is_train=False``).
+            batch_size: slices in a batch, >= 1.
+        """
+        self.model = model
+        self.mapper = mapper
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_run(cls, cfg: CfgNode, weights: str | os.PathLike, *, batch_size: int = 0):
+        """Builds the model of a config and its trained weights.
+
+        Args:
+            cfg, weights: of :func:`load_run`.
+            batch_size: 0 for ``TEST.BATCH_SIZE``.
+
+        Raises:
+            ValueError: if the weights are damaged or of another model.
+        """
+        try:
+            model = load_trained(cfg, weights)
+        except (KeyError, AssertionError) as error:
+            raise ValueError(f"config.yaml beside {weights}: {_reason(error, weights)}.") from error
+        _check_weights(model, Path(weights))
+        mapper = IchDatasetMapper(cfg, is_train=False)
+        return cls(model, mapper, batch_size=batch_size or cfg.TEST.BATCH_SIZE)
+
+    def __call__(self, paths: Iterable[Path]) -> Iterator[Detections | ValueError]:
+        """
+        Args:
+            paths: slices. Not more of them than a few batches are in memory at a time.
+
+        Yields:
+            For each path in its order what was found, or why it cannot be decoded (in words that
+            do not hold the path).
+        """
+        waiting: list[dict | ValueError] = []
+        for item in self._read_ahead(paths):
+            sizes = {x["image"].shape for x in waiting if isinstance(x, dict)}
+            # Images of different size would be padded, which changes what is found on them.
+            if isinstance(item, dict) and sizes and item["image"].shape not in sizes:
+                yield from self._detect(waiting)
+                waiting = []
+            waiting.append(item)
+            if len(waiting) >= self.batch_size:
+                yield from self._detect(waiting)
+                waiting = []
+        yield from self._detect(waiting)
+
+    def _read_ahead(self, paths: Iterable[Path]) -> Iterator[dict | ValueError]:
+        """Mapped inputs in order, decoded by threads at most two batches ahead."""
+        pool = ThreadPoolExecutor(_READERS)
+        try:
+            pending = deque()
+            for path in paths:
+                pending.append(pool.submit(self._read, path))
+                if len(pending) > 2 * self.batch_size:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, path: Path) -> dict | ValueError:
+        try:
+            return self.mapper({"file_name": os.fspath(path)})
+        except Exception as error:  # decoders answer damage with many kinds of errors
+            return ValueError(_reason(error, path))
+
+    def _detect(self, items: Sequence[dict | ValueError]) -> Iterator[Detections | ValueError]:
+        inputs = [x for x in items if isinstance(x, dict)]
+        outputs = iter(())
+        if inputs:
+            with torch.inference_mode():
+                outputs = iter(self.model(inputs))
+        for item in items:
+            if isinstance(item, dict):
+                instances = next(outputs)["instances"].to("cpu")
+                yield Detections(
+                    boxes=instances.pred_boxes.tensor.numpy(),
+                    scores=instances.scores.numpy().astype(np.float64),
+                    classes=instances.pred_classes.numpy(),
+                    size=instances.image_size,
+                )
+            else:
+                yield item
+
+
+def _check_weights(model: torch.nn.Module, weights: Path) -> None:
+    """A checkpoint loads with a mere warning if tensors are missing; random ones would diagnose.
+
+    Raises:
+        ValueError: naming a tensor.
+    """
+    trained = torch.load(weights, map_location="cpu", weights_only=True)
+    trained = trained.get("model", trained)
+    for name, tensor in model.state_dict().items():
+        if name not in trained or trained[name].shape != tensor.shape:
+            raise ValueError(
+                f"{weights}: does not fit the config.yaml beside it, '{name}' is "
+                f"{'of another shape' if name in trained else 'missing'}; take both from one run."
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{weights}: '{name}' holds NaN or infinity, so the training diverged; "
+                "train again with a lower SOLVER.BASE_LR."
+            )
