@@ -6,6 +6,8 @@ VOC tree with real DICOM CT series, for demonstrations, tests and continuous int
 caricature of head CT: good enough to train, evaluate and diagnose end to end, and no base for any
 clinical claim.
 
+    python datasets/prepare_phantom.py --output datasets/phantom
+
 Output, a folder that ``ich_det2.data.register_ich_voc`` reads::
 
     DICOM/P0007_012.dcm            one CT Image Storage instance per slice
@@ -71,13 +73,15 @@ SLICE_SPACING_MM = 7.5
 """Distance between the centres of neighbouring slices: sequential slices with a gap, which keeps
 the data set small and still covers the head from the skull base to the vertex."""
 
-MIN_LESION_MM2 = 12.0
-"""A bleed with a smaller visible area in a slice is taken out of the slice and its annotation."""
+MIN_LESION_MM2 = 16.0
+MIN_LESION_MM = 2.0
+"""A bleed with a smaller visible area in a slice, or thinner everywhere, is taken out of the slice
+and of its annotation."""
 
-SKULL_BASE_MM = 16.0
+SKULL_BASE_MM = 8.0
 """Orbits, petrous bones and sinuses lie below this height of the head frame."""
 
-VISIBLE_LIFT_HU = 8.0
+VISIBLE_LIFT_HU = 9.0
 VISIBLE_HU = (45.0, 110.0)
 """A pixel belongs to a bleed where the blood lifts the noise-free image by at least
 ``VISIBLE_LIFT_HU`` to a value in ``VISIBLE_HU``: above grey matter, and not half bone."""
@@ -629,11 +633,9 @@ def _outside(head: _Head, f: _Fields, cells: Array, shape: Array) -> tuple[Array
 
     bone = shell
     base = air = np.full_like(x, FAR_MM)
-    if z.min() < SKULL_BASE_MM:
+    if z.min(where=skin < 10, initial=FAR_MM) < SKULL_BASE_MM:
         skin, bone, base, soft, air = _skull_base(f, cells, skin, shell, soft)
-    diploe = np.clip(inward * 2.2 - 0.5, 0, 1) * np.where(
-        bone == shell, np.float32(1), np.float32(0.5)
-    )
+    diploe = np.clip(inward * 2.2 - 0.5, 0, 1) * (0.5 + 0.5 * (bone == shell).astype(np.float32))
     bone_hu = 1350 - 650 * diploe + 90 * f.texture * diploe + 60 * shape
     return skin, bone, base, soft, bone_hu, air
 
@@ -895,7 +897,7 @@ def _slice_without_noise(
 def _find_lesions(
     bleeds: Sequence[_Bleed], hu: Array, added: Array, pixel_mm: float
 ) -> tuple[Array, list[Lesion], Array]:
-    """Find what is visible, and take out what is too small to count.
+    """Find what is visible, and take out what is too small or too thin to count.
 
     Args:
         bleeds: the patient's bleeds.
@@ -904,7 +906,7 @@ def _find_lesions(
         pixel_mm: pixel spacing.
 
     Returns:
-        ``added`` without the blood that is too small or too faint to be annotated, the lesions,
+        ``added`` without the blood that is not annotated, the lesions,
         and their (H, W) uint8 label image.
     """
     labels = np.zeros(added.shape[1:], np.uint8)
@@ -925,15 +927,22 @@ def _find_lesions(
         count, parts = cv2.connectedComponents(merged, connectivity=8)
         parts = np.where(visible, parts, 0)
         area = np.bincount(parts.ravel(), minlength=count) * pixel_mm**2
-        good = [p for p in range(1, count) if area[p] >= MIN_LESION_MM2]
+        radius = cv2.distanceTransform(visible.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
+        thick = np.zeros(count)
+        np.maximum.at(thick, parts[visible], (2 * radius[visible] - 1) * pixel_mm)
+        good = [
+            p for p in range(1, count) if area[p] >= MIN_LESION_MM2 and thick[p] >= MIN_LESION_MM
+        ]
         if not good:
             continue
-        # Faint blood belongs to the nearest part and goes with it.
-        nearest = ndimage.distance_transform_edt(
-            parts == 0, return_distances=False, return_indices=True
-        )
-        keep = np.isin(parts[tuple(nearest)], good)
-        kept[index] = added[index] * keep
+        if len(good) == count - 1:
+            kept[index] = added[index]
+        else:
+            # Faint blood belongs to the nearest part and goes with it.
+            nearest = ndimage.distance_transform_edt(
+                parts == 0, return_distances=False, return_indices=True
+            )
+            kept[index] = added[index] * np.isin(parts[tuple(nearest)], good)
         for part in good:
             mask = parts == part
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -1252,7 +1261,9 @@ def write_dataset(
     splits = split_patients(plan)
     for name, numbers in splits.items():
         lines = [stem for number in numbers for stem in results[number][0]]
-        (root / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        (root / "ImageSets" / "Main" / f"{name}.txt").write_text(
+            "\n".join(lines) + "\n", newline="\n"
+        )
     with open(root / "patients.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "patient", "study"])
@@ -1296,6 +1307,19 @@ def _read_marker(folder: Path) -> dict | None:
 
 def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
+
+
+def _put_in_place(fresh: Path, output: Path, old: Path) -> None:
+    """Rename ``fresh`` to ``output``; what was there goes to ``old``, or back if that fails."""
+    replaces = output.exists()
+    if replaces:
+        os.rename(output, old)
+    try:
+        os.rename(fresh, output)
+    except OSError:
+        if replaces:
+            os.rename(old, output)
+        raise
 
 
 def _default_workers() -> int:
@@ -1372,7 +1396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     console = Console(stderr=True)
-    output: Path = args.output.absolute()
+    output: Path = args.output.resolve()
 
     def refuse(message: str) -> int:
         print(f"error: {message}", file=sys.stderr)
@@ -1401,8 +1425,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "replace it with --force or give another --output."
             )
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        return refuse(f"cannot write to {output.parent} ({error}); give another --output.")
     try:
         fresh = work / "new"
         fresh.mkdir()
@@ -1415,10 +1442,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console=console,
         )
         marker = {"parameters": parameters, "counts": counts}
-        (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
-        if os.path.lexists(output):
-            os.rename(output, work / "old")
-        os.rename(fresh, output)
+        (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n", newline="\n")
+        _put_in_place(fresh, output, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     boxes = ", ".join(f"{name} {count}" for name, count in counts["boxes"].items())

@@ -183,7 +183,7 @@ def test_type_is_visible_and_boxes_are_tight(patients, name):
 def test_types_have_their_own_shape(patients):
     def largest(name):
         patient = patients[name]
-        return max((l for ls in patient.lesions for l in ls), key=lambda lesion: lesion.area_mm2)
+        return max(itertools.chain(*patient.lesions), key=lambda lesion: lesion.area_mm2)
 
     def fill(lesion, pixel_mm):
         x0, y0, x1, y1 = lesion.box
@@ -293,6 +293,28 @@ def test_file_as_output_is_refused(tmp_path):
     (tmp_path / "file").write_text("text")
     assert run(tmp_path / "file", "--force") == 2
     assert (tmp_path / "file").read_text() == "text"
+
+
+def test_file_as_parent_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("text")
+    assert run(tmp_path / "file" / "phantom") == 2
+    assert "give another --output" in capsys.readouterr().err
+
+
+def test_small_bleed_leaves_image_and_annotation():
+    """Two blots of one bleed, 20 HU above brain; the one of 3 x 3 mm must go entirely."""
+    bleed = phantom._Bleed("IPH", 60.0, distance=lambda fields: None)
+    added = np.zeros((1, 64, 64), np.float32)
+    added[0, 10:20, 10:20] = 20
+    added[0, 40:43, 40:43] = 20
+    added[0, 43, 40:43] = 4  # its faint edge
+    kept, lesions, labels = phantom._find_lesions(
+        [bleed], np.full((64, 64), 35.0, np.float32), added, 1.0
+    )
+    assert [lesion.box for lesion in lesions] == [(10, 10, 20, 20)]
+    assert lesions[0].area_mm2 == 100
+    assert kept[0, 10:20, 10:20].min() == 20 and kept.sum() == 100 * 20
+    assert labels.sum() == 100
 
 
 def small_patient(rng, *, types=(), size=64):
