@@ -14,7 +14,7 @@ if importlib.util.find_spec("detectron2") is None:
         " in a clone of ich_det2, or install Detectron2 as the README's section Installation says."
     )
 
-from . import modeling as _  # noqa: E402, F401  only registration
-from .config import add_ich_config  # noqa: E402
+from . import modeling as _  # noqa: F401  only registration
+from .config import add_ich_config
 
 __all__ = ["__version__", "add_ich_config"]

@@ -98,5 +98,5 @@ def _check_boxes(boxes_wh: np.ndarray) -> np.ndarray:
 
 def _centres(values: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     num_clusters = min(num_clusters, len(np.unique(values)))
-    means = KMeans(num_clusters, n_init=10, random_state=seed).fit(values[:, None])
+    means = KMeans(num_clusters, n_init=10, tol=0, random_state=seed).fit(np.sort(values)[:, None])
     return np.sort(means.cluster_centers_[:, 0])

@@ -198,7 +198,9 @@ def _header_patient(path: Path, image_id: str) -> tuple[str, str]:
     if path.suffix.lower() != ".dcm":
         return image_id, image_id
     patient, study = read_identity(path)
-    return _pseudonym("patient", patient or study or image_id), _pseudonym("study", study)
+    return _pseudonym("patient", patient or study or image_id), _pseudonym(
+        "study", study or patient or image_id
+    )
 
 
 def _pseudonym(kind: str, value: str) -> str:

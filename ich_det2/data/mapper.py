@@ -9,6 +9,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from PIL import Image
 
 from .augmentation import build_augmentation, shift_scale_transform
 from .dicom import apply_window, read_hu
@@ -39,7 +40,7 @@ class IchDatasetMapper:
         Raises:
             ValueError: if there are not 1 or 3 windows, or one of them is no pair of numbers.
         """
-        if len(windows) not in (1, 3) or any(len(window) != 2 for window in windows):
+        if len(windows) not in (1, 3) or any(np.shape(window) != (2,) for window in windows):
             raise ValueError(
                 f"INPUT.WINDOWS is {windows}, expected 1 or 3 pairs [level HU, width HU]."
             )
@@ -71,10 +72,7 @@ class IchDatasetMapper:
         """
         path = Path(path)
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            try:
-                return utils.read_image(str(path), format="L")
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read as an image: {error}.") from error
+            return _read_windowed(path)
         hu = read_hu(path)
         # 256 grey levels are finer than a CT's noise, and let Detectron2 resize with the
         # antialiasing that it has for uint8 alone.
@@ -106,7 +104,7 @@ class IchDatasetMapper:
             aug_input.transform(fixed)
             transforms += fixed
         transforms += self.augmentations(aug_input)
-        image = torch.from_numpy(np.ascontiguousarray(aug_input.image.transpose(2, 0, 1))).float()
+        image = torch.from_numpy(aug_input.image.transpose(2, 0, 1).astype(np.float32))
         # One window fills three channels.
         dataset_dict["image"] = image.expand(3, -1, -1).contiguous()
 
@@ -118,3 +116,21 @@ class IchDatasetMapper:
             )
             dataset_dict["instances"] = utils.filter_empty_instances(instances)
         return dataset_dict
+
+
+def _read_windowed(path: Path) -> np.ndarray:
+    """An 8-bit image as uint8 (H, W, 1); colours become grey.
+
+    Raises:
+        ValueError: naming the file, if it cannot be read or has more than 8 bit.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"{path} has more than 8 bit (mode {image.mode}), expected an 8-bit image that"
+                    " is windowed already; give the DICOM files instead."
+                )
+        return utils.read_image(str(path), format="L")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}.") from error

@@ -8,7 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 
 from ..files import write_atomically
-from ..modeling.backbone.timm_backbone import pretrained_state_dict
+from ..modeling.backbone.timm_backbone import STATE_PREFIX, pretrained_state_dict
 
 TIMM_PREFIX = "timm://"
 
@@ -50,12 +50,17 @@ class IchCheckpointer(DetectionCheckpointer):
         self.logger.info(f"[IchCheckpointer] Loading from {path} ...")
         state = pretrained_state_dict(path[len(TIMM_PREFIX) :])
         # Layers behind the last feature map (the classifier) are cut off in the model.
-        known = self.model.state_dict()
-        state = {key: value for key, value in state.items() if key in known}
-        if not state:
+        shapes = {key: value.shape for key, value in self.model.state_dict().items()}
+        state = {key: value for key, value in state.items() if shapes.get(key) == value.shape}
+        missing = [
+            key
+            for key in shapes
+            if key.startswith(STATE_PREFIX) and not key.endswith("tracked") and key not in state
+        ]
+        if missing or not state:
             raise ValueError(
-                f"MODEL.WEIGHTS is '{path}', but no tensor of it fits the model's backbone; set"
-                " MODEL.TIMM.NAME to the same network."
+                f"MODEL.WEIGHTS is '{path}', but the model's backbone is another network; set"
+                " MODEL.TIMM.NAME to the same."
             )
         self._log_incompatible_keys(self._load_model({"model": state}))
         return {}

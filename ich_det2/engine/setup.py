@@ -1,11 +1,13 @@
 """From a command line to a config that is known to run: read, completed, checked."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.data.transforms import ResizeShortestEdge
@@ -21,6 +23,20 @@ from ..modeling.backbone.timm_backbone import pretrained_state_dict
 from .checkpoint import TIMM_PREFIX, IchCheckpointer
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def log_to_terminal() -> Iterator[None]:
+    """Shows this package's messages before Detectron2's logger is set up, which writes files."""
+    package, handler = logging.getLogger("ich_det2"), logging.StreamHandler()
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
 
 
 def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
@@ -44,7 +60,7 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
         try:
             # Never YAML that could run code.
             cfg.merge_from_file(str(config_file), allow_unsafe=False)
-        except (KeyError, AssertionError, ValueError) as error:
+        except (KeyError, AssertionError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{config_file}: {_message(error)}") from error
     try:
         cfg.merge_from_list(list(opts))
@@ -221,8 +237,8 @@ def check_weights(weights: str, *, trained: bool) -> None:
     """
     if trained and (not weights or weights.startswith(TIMM_PREFIX)):
         raise ValueError(
-            f"--eval-only needs a trained model, but MODEL.WEIGHTS is '{weights}'; add MODEL.WEIGHTS"
-            " OUTPUT_DIR/model_best.pth, or --resume for the last checkpoint of OUTPUT_DIR."
+            f"--eval-only needs a trained model, but MODEL.WEIGHTS is '{weights}'; add"
+            " MODEL.WEIGHTS OUTPUT_DIR/model_best.pth, or --resume for OUTPUT_DIR's last one."
         )
     if not weights:
         logger.warning("MODEL.WEIGHTS is empty: training starts from random weights.")
@@ -260,6 +276,7 @@ def load_trained(cfg: CfgNode, weights: str | Path):
 
 
 def _message(error: BaseException) -> str:
-    """First line of an error's text; KeyError would print quotes around it."""
-    text = str(error.args[0]) if error.args else type(error).__name__
-    return text.strip().splitlines()[0].rstrip(".") if text.strip() else type(error).__name__
+    """First line of an error's text, as it reads within a sentence."""
+    # str(KeyError) is a quoted repr.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")

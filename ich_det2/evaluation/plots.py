@@ -65,14 +65,10 @@ def plot_history(history: Sequence[dict], path: str | Path) -> None:
         path: PNG file.
     """
     figure, axes = _figure(2)
-    keys = {
-        "diagnosis/image_auc": 1,
-        "diagnosis/patient_auc": 1,
-        "diagnosis/image_recall": 1,
-        "diagnosis/image_specificity": 1,
-    }
-    for ax, keys in zip(axes, (keys, {"bbox/AP50": 100, "bbox/AP": 100})):
-        for key, scale in keys.items():
+    diagnosis = ("image_auc", "patient_auc", "image_recall", "image_specificity")
+    panels = ({f"diagnosis/{key}": 1 for key in diagnosis}, {"bbox/AP50": 100, "bbox/AP": 100})
+    for ax, scales in zip(axes, panels):
+        for key, scale in scales.items():
             points = [(r["iteration"], r[key] / scale) for r in history if key in r]
             if points:
                 ax.plot(*zip(*points), marker=".", label=key)

@@ -1,8 +1,8 @@
 """Models: importing this package registers its parts in Detectron2's registries."""
 
-from . import backbone as _  # noqa: F401  only registration
-from . import roi_heads as _  # noqa: F401  only registration
 from .anchor_generator import ClusteredAnchorGenerator
+from .backbone import TimmBackbone
+from .roi_heads import CostSensitiveRes5ROIHeads, CostSensitiveROIHeads
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
 from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
 
@@ -10,7 +10,10 @@ __all__ = [
     "ANCHOR_SAMPLER_REGISTRY",
     "AdaptiveRatioSampler",
     "ClusteredAnchorGenerator",
+    "CostSensitiveROIHeads",
     "CostSensitiveRPN",
     "CostSensitiveRPNHead",
+    "CostSensitiveRes5ROIHeads",
     "FixedRatioSampler",
+    "TimmBackbone",
 ]

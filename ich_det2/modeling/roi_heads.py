@@ -18,15 +18,20 @@ class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
         """
         Args:
             input_shape: shape of the box head's output.
-            alpha: weight of a foreground proposal, > 0; the loss is the weighted mean.
+            alpha: weight of a foreground proposal, > 0; the softmax loss is the weighted mean.
             kwargs: arguments of :class:`FastRCNNOutputLayers`.
 
         Raises:
-            ValueError: if alpha is not a positive finite number.
+            ValueError: if alpha is not a positive finite number, or weighs a sigmoid loss.
         """
         super().__init__(input_shape, **kwargs)
         if not 0 < alpha < math.inf:
             raise ValueError(f"MODEL.ROI_HEADS.COST.ALPHA must be a positive number, got {alpha}.")
+        if alpha != 1 and self.use_sigmoid_ce:
+            raise ValueError(
+                "MODEL.ROI_HEADS.COST.ALPHA weighs the softmax loss; it does not go with"
+                " MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE."
+            )
         self.alpha = float(alpha)
 
     @classmethod

@@ -171,5 +171,7 @@ class CostSensitiveRPN(RPN):
             normalizer = (positive_weight(labels, self.alpha) * weight).sum().clamp(min=1)
         else:
             normalizer = self.batch_size_per_image * len(gt_labels)
-        losses["loss_rpn_cls"] = objectness_loss / normalizer * self.loss_weight["loss_rpn_cls"]
+        losses["loss_rpn_cls"] = (
+            objectness_loss / normalizer * self.loss_weight.get("loss_rpn_cls", 1.0)
+        )
         return losses

