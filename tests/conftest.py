@@ -1,0 +1,113 @@
+"""Small things that several tests need: a config, a CT slice on disk, a VOC tree."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from hypothesis import HealthCheck, settings
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from ich_det2 import add_ich_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "ich",
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("ich")
+
+
+@pytest.fixture
+def tiny_cfg():
+    """Factory of a detector's config: EfficientNet-Lite0, 64 pixels, random weights."""
+
+    def make(*opts, config="csfrcnn_effnet_lite0.yaml"):
+        cfg = get_cfg()
+        add_ich_config(cfg)
+        cfg.merge_from_file(str(CONFIGS / config))
+        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+        cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+        cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[12.0, 24.0]]
+        cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (64,), 64
+        cfg.merge_from_list(list(opts))
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def write_ct():
+    """Function that writes HU, sized (H, W), as an uncompressed DICOM CT slice."""
+
+    def write(path, hu, **attributes):
+        ds = Dataset()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = CTImageStorage
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid()
+        ds.Modality = "CT"
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.Rows, ds.Columns = hu.shape
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+        ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
+        ds.PixelData = (np.rint(hu) + 1024).astype("<u2").tobytes()
+        ds["PixelData"].VR = "OW"
+        for keyword, value in attributes.items():
+            setattr(ds, keyword, value)
+        ds.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def voc_tree(tmp_path, write_ct):
+    """Factory of a VOC tree whose objects are bright rectangles (80 HU) in brain (30 HU)."""
+
+    def make(images, *, split="train", size=(64, 48), kind="png", patients=None, header=None):
+        """
+        Args:
+            images: image id -> objects (name, (xmin, ymin, xmax, ymax)), 1-based inclusive.
+            split: name of the list.
+            size: (width, height) in pixels.
+            kind: "png" (window 50/100) or "dicom".
+            patients: lines of patients.csv.
+            header: image id -> DICOM attributes.
+        """
+        root = tmp_path / "tree"
+        for folder in ("Annotations", "DICOM", "JPEGImages", "ImageSets/Main"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        width, height = size
+        for image_id, objects in images.items():
+            hu = np.full((height, width), 30.0)
+            xml = f"<size><width>{width}</width><height>{height}</height></size>"
+            for name, (xmin, ymin, xmax, ymax) in objects:
+                hu[ymin - 1 : ymax, xmin - 1 : xmax] = 80
+                corners = zip(("xmin", "ymin", "xmax", "ymax"), (xmin, ymin, xmax, ymax))
+                box = "".join(f"<{tag}>{value}</{tag}>" for tag, value in corners)
+                xml += f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+            if kind == "dicom":
+                file = root / "DICOM" / f"{image_id}.dcm"
+                write_ct(file, hu, **(header or {}).get(image_id, {}))
+            else:
+                file = root / "JPEGImages" / f"{image_id}.png"
+                # Level 50, width 100 is 0..100 HU.
+                Image.fromarray(np.rint(hu / 100 * 255).astype(np.uint8)).save(file)
+            xml = f"<annotation><filename>{file.name}</filename>{xml}</annotation>"
+            (root / "Annotations" / f"{image_id}.xml").write_text(xml)
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(images) + "\n")
+        if patients is not None:
+            (root / "patients.csv").write_text("\n".join(patients) + "\n")
+        return root
+
+    return make

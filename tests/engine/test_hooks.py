@@ -1,0 +1,97 @@
+"""Best checkpoint and history: what a run keeps, also over --resume."""
+
+import csv
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from ich_det2.engine import BestCheckpointer, DiagnosisHook, IchCheckpointer
+
+METRIC = "diagnosis/image_auc"
+
+
+def run(tmp_path, values, start_iter=0, period=10):
+    """Feeds validation values, one every 10 iterations; returns the hook."""
+    checkpointer = IchCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    hook = BestCheckpointer(period, checkpointer, METRIC)
+    hook.trainer = SimpleNamespace(start_iter=start_iter, max_iter=1000, iter=start_iter)
+    with EventStorage(start_iter) as storage:
+        hook.trainer.storage = storage
+        hook.before_train()
+        for n, value in enumerate(values):
+            hook.trainer.iter = storage.iter = start_iter + (n + 1) * period - 1
+            storage.put_scalar(METRIC, value, smoothing_hint=False)
+            hook.after_step()
+    return hook
+
+
+def record(tmp_path):
+    return json.loads((tmp_path / "model_best.json").read_text())
+
+
+def test_the_largest_value_is_kept_and_a_tie_goes_to_the_later(tmp_path):
+    run(tmp_path, [0.7, 0.9, 0.9, 0.8])
+    assert record(tmp_path) == {"metric": METRIC, "value": 0.9, "iteration": 29}
+
+
+def test_the_record_survives_resume(tmp_path):
+    run(tmp_path, [0.9])
+    assert run(tmp_path, [0.8], start_iter=10).best_metric == 0.9
+    assert record(tmp_path)["iteration"] == 9
+    run(tmp_path, [0.95], start_iter=20)
+    assert record(tmp_path)["value"] == 0.95
+
+
+def test_a_new_run_in_the_same_folder_does_not_believe_the_old_record(tmp_path):
+    run(tmp_path, [0.9])
+    run(tmp_path, [0.6], start_iter=0)
+    assert record(tmp_path)["value"] == 0.6
+
+
+def test_an_undefined_metric_leaves_a_model_and_any_number_beats_it(tmp_path):
+    run(tmp_path, [math.nan])
+    assert (tmp_path / "model_best.pth").is_file()
+    assert not (tmp_path / "model_best.json").exists()
+    run(tmp_path, [math.nan, 0.1, math.nan])
+    assert record(tmp_path)["value"] == 0.1
+
+
+def test_a_metric_that_no_validation_gives_is_named(tmp_path):
+    hook = BestCheckpointer(10, IchCheckpointer(nn.Linear(1, 1), str(tmp_path)), "bbox/AP51")
+    with EventStorage(0) as storage:
+        storage.put_scalar("bbox/AP50", 1.0)
+        hook.trainer = SimpleNamespace(storage=storage, iter=9, max_iter=100)
+        with pytest.raises(ValueError, match=r"bbox/AP51.*bbox/AP50"):
+            hook.after_step()
+
+
+def history(tmp_path):
+    with open(tmp_path / "diagnosis_history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def validate(tmp_path, start_iter, values):
+    values = iter(values)
+    hook = DiagnosisHook(10, lambda: {"diagnosis": {"image_auc": next(values)}}, tmp_path)
+    with EventStorage(start_iter) as storage:
+        hook.trainer = SimpleNamespace(start_iter=start_iter, max_iter=40, storage=storage)
+        hook.before_train()
+        for i in range(start_iter, 40):
+            hook.trainer.iter = storage.iter = i
+            hook.after_step()
+        hook.after_train()
+        assert storage.latest()[METRIC][0] == pytest.approx(float(history(tmp_path)[-1][METRIC]))
+
+
+def test_history_has_each_validation_once_also_after_resume(tmp_path):
+    validate(tmp_path, 0, [0.5, 0.6, 0.7, 0.8])
+    assert [row["iteration"] for row in history(tmp_path)] == ["10", "20", "30", "40"]
+    # Resumed from the checkpoint of iteration 20: what came later is measured anew.
+    validate(tmp_path, 20, [0.75, 0.85])
+    rows = [(float(r["iteration"]), float(r[METRIC])) for r in history(tmp_path)]
+    assert rows == [(10, 0.5), (20, 0.6), (30, 0.75), (40, 0.85)]
+    assert (tmp_path / "diagnosis_history.png").stat().st_size > 1000

@@ -1,0 +1,175 @@
+"""What is wrong with a run is said in one sentence before anything is written."""
+
+import pytest
+from detectron2.config import get_cfg
+
+from ich_det2 import add_ich_config
+from ich_det2.engine.setup import (
+    check_config,
+    check_weights,
+    fill_anchors,
+    load_config,
+    take_trained_anchors,
+    training_boxes_wh,
+)
+
+EFFNET = "configs/csfrcnn_effnet_lite0.yaml"
+OPEN_ANCHORS = (
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[]]"),
+    *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[]]"),
+)
+
+
+@pytest.fixture
+def cfg_on(tiny_cfg, full_tree, tmp_path):
+    def make(*opts):
+        root, out = str(full_tree()), str(tmp_path / "out")
+        return tiny_cfg("DATASETS.ICH_ROOT", root, "OUTPUT_DIR", out, *opts)
+
+    return make
+
+
+def check(cfg, **kwargs):
+    check_config(cfg, **{"eval_only": False, "resume": False, **kwargs})
+
+
+def test_a_good_config_passes_and_gets_its_anchors(cfg_on, tmp_path):
+    cfg = cfg_on(*OPEN_ANCHORS)
+    check(cfg)
+    # Both training boxes are 20 x 16 in 64 x 48 (VOC is inclusive), and the short edge grows from
+    # 48 to 64: 26.7 x 21.3, so the size is sqrt(26.7 * 21.3) = 23.85 and the ratio 0.8. The longer
+    # edge is rounded: 85 px.
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[pytest.approx(23.85, abs=0.01)]]
+    assert cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS == [[pytest.approx(0.8)]]
+    assert not (tmp_path / "out").exists()
+
+
+def test_anchors_in_the_config_are_kept(cfg_on):
+    cfg = cfg_on()
+    check(cfg)
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[12.0, 24.0]]
+
+
+def test_boxes_are_those_of_the_networks_input(cfg_on):
+    cfg = cfg_on("INPUT.MIN_SIZE_TRAIN", "(24,)")
+    check(cfg)
+    # 20 x 16 pixels at half size.
+    assert training_boxes_wh(cfg).tolist() == [[10, 8], [10, 8]]
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("MODEL.RPN.SAMPLER.NAME", "AdaptiveSampler"), "AdaptiveRatioSampler"),
+        (("MODEL.RPN.SAMPLER.SHORTFALL", "pad"), "SHORTFALL is 'pad'"),
+        (("MODEL.RPN.SAMPLER.MAX_RATIO", "0.5"), "MAX_RATIO must be"),
+        (("MODEL.RPN.COST.ALPHA", "0.0"), "ALPHA must be"),
+        (("MODEL.RPN.COST.NORMALIZER", "mean"), "NORMALIZER is 'mean'"),
+        (("MODEL.RPN.PRIOR_PROB", "1.0"), "PRIOR_PROB must be"),
+        (("MODEL.RPN.HEAD_NAME", "NoHead"), "NoHead"),
+        (("MODEL.PROPOSAL_GENERATOR.NAME", "NoRPN"), "NoRPN"),
+        (("MODEL.TIMM.NAME", "efficientnet_lite9"), "efficientnet_lite9"),
+        (("INPUT.WINDOWS", "[[50, 100], [80, 200]]"), "1 or 3"),
+        (("DATASETS.TRAIN", "('ich_trian',)"), "ich_trian"),
+        (("MODEL.WEIGHTS", "no/such/model.pth"), "MODEL.WEIGHTS ''"),
+        (("MODEL.WEIGHTS", "timm://no_such_network"), "no_such_network"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_expected(cfg_on, tmp_path, opts, message):
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        check(cfg_on(*opts))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(cfg_on):
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 4, expected a multiple of the 3"):
+        check(cfg_on(), num_processes=3)
+
+
+def test_a_training_set_without_boxes_is_refused(tiny_cfg, voc_tree):
+    for split in ("train", "val", "test"):
+        root = voc_tree({f"{split}1": []}, split=split)
+    with pytest.raises(ValueError, match="has no box"):
+        check(tiny_cfg("DATASETS.ICH_ROOT", str(root), *OPEN_ANCHORS))
+
+
+def test_evaluation_needs_a_whole_detector(cfg_on):
+    with pytest.raises(ValueError, match="--eval-only needs a trained model"):
+        check(cfg_on(), eval_only=True)
+    with pytest.raises(ValueError, match="--eval-only needs a trained model"):
+        check_weights("timm://tf_efficientnet_lite0", trained=True)
+
+
+def test_evaluation_takes_the_anchors_of_the_training_not_of_its_own_data(cfg_on, tmp_path):
+    cfg = cfg_on(*OPEN_ANCHORS)
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model" / "model_best.pth")
+    with pytest.raises(ValueError, match="no config.yaml with the trained anchors"):
+        take_trained_anchors(cfg)
+    trained = cfg_on()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.yaml").write_text(trained.dump())
+    take_trained_anchors(cfg)
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[12.0, 24.0]]
+
+
+def test_patients_in_two_splits_are_warned_of(cfg_on, caplog):
+    cfg = cfg_on()
+    csv = f"{cfg.DATASETS.ICH_ROOT}/patients.csv"
+    with open(csv, encoding="utf-8") as file:
+        text = file.read().replace("p-g", "p-a")
+    with open(csv, "w", encoding="utf-8") as file:
+        file.write(text)
+    check(cfg)
+    assert "'p-a' is in ich_train and in ich_test" in caplog.text
+
+
+def test_dropping_healthy_slices_is_warned_of(cfg_on, caplog):
+    check(cfg_on("DATALOADER.FILTER_EMPTY_ANNOTATIONS", "True"))
+    assert "no healthy slice" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "opts", "message"),
+    [
+        ("configs/none.yaml", (), "no file"),
+        (EFFNET, ("MODEL.RPN.COST.ALHPA", "5"), "MODEL.RPN.COST.ALHPA"),
+        (EFFNET, ("MODEL.RPN.COST.ALPHA", "much"), "command line"),
+        (EFFNET, ("MODEL.RPN.COST.ALPHA",), "command line"),
+    ],
+)
+def test_a_bad_command_line_is_named(file, opts, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_config(file, opts)
+
+
+def test_a_config_that_would_run_code_is_refused(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{tmp_path}/owned']\n")
+    with pytest.raises(ValueError, match="config.yaml"):
+        load_config(file)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_dumped_config_builds_the_same_anchors(cfg_on, tmp_path):
+    cfg = cfg_on(*OPEN_ANCHORS)
+    check(cfg)
+    file = tmp_path / "config.yaml"
+    file.write_text(cfg.dump())
+    again = load_config(file)
+    fill_anchors(again)
+    assert again.MODEL.ANCHOR_GENERATOR == cfg.MODEL.ANCHOR_GENERATOR
+
+
+def test_ich_keys_leave_detectron2s_defaults_alone():
+    stock, ours = get_cfg(), get_cfg()
+    add_ich_config(ours)
+
+    def walk(a, b, path=""):
+        for key, value in a.items():
+            if isinstance(value, dict):
+                walk(value, b[key], f"{path}{key}.")
+            else:
+                assert b[key] == value, f"{path}{key}"
+
+    walk(stock, ours)

@@ -1,0 +1,191 @@
+"""DiagnosisEvaluator: from boxes to the files and numbers of an evaluation."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from detectron2.structures import Instances
+
+from ich_det2.evaluation import DiagnosisEvaluator
+from ich_det2.evaluation.evaluator import format_summary, write_csv
+
+IMAGES = [
+    # image, patient, label, box scores
+    ("b", "p1", 1, [0.2, 0.75]),
+    ("a", "p1", 0, []),
+    ("c", "p2", 0, [0.5, 0.1]),
+    ("d", "p2", 0, [0.125]),
+    ("e", "p3", 1, [0.25]),
+]
+
+
+def feed(evaluator, images=IMAGES):
+    for image, patient, label, scores in images:
+        x = {"image_id": image, "file_name": f"/some/where/{image}.dcm", "image_label": label}
+        if patient is not None:
+            x["patient_id"] = patient
+        y = Instances((8, 8), scores=torch.tensor(scores, dtype=torch.float32))
+        evaluator.process([x], [{"instances": y}])
+    return evaluator
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Factory of an evaluator; drawing takes most of its time, so it is off unless asked for."""
+
+    def make(plots=False, **kwargs):
+        for name in () if plots else ("plot_roc", "plot_thresholds"):
+            monkeypatch.setattr(f"ich_det2.evaluation.evaluator.{name}", lambda *args: None)
+        kwargs = {"thresholds": [0.25, 0.8], "operating_threshold": 0.5} | kwargs
+        return DiagnosisEvaluator(output_dir=tmp_path / "inference" / "ich_val", **kwargs)
+
+    return make
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_image_scores_have_one_row_per_image(make):
+    evaluator = feed(make())
+    evaluator.evaluate()
+    # The highest box score, 0 where there is no box; names without folders.
+    assert read_csv(evaluator.output_dir / "image_scores.csv") == [
+        ["image_id", "file_name", "patient_id", "label", "score"],
+        ["a", "a.dcm", "p1", "0", "0.0"],
+        ["b", "b.dcm", "p1", "1", "0.75"],
+        ["c", "c.dcm", "p2", "0", "0.5"],
+        ["d", "d.dcm", "p2", "0", "0.125"],
+        ["e", "e.dcm", "p3", "1", "0.25"],
+    ]
+
+
+def test_thresholds_table_has_both_levels_and_the_operating_threshold(make):
+    evaluator = feed(make())
+    evaluator.evaluate()
+    header, *rows = read_csv(evaluator.output_dir / "diagnosis_thresholds.csv")
+    assert ",".join(header) == (
+        "level,threshold,tp,fp,tn,fn,accuracy,recall,precision,specificity,npv,f1"
+    )
+    assert [row[:6] for row in rows] == [
+        # Images: lesions 0.75, 0.25, healthy 0, 0.5, 0.125. Equal is positive.
+        ["image", "0.25", "2", "1", "2", "0"],
+        ["image", "0.5", "1", "1", "2", "1"],
+        ["image", "0.8", "0", "0", "3", "2"],
+        # Patients: p1 sick 0.75, p2 healthy 0.5, p3 sick 0.25.
+        ["patient", "0.25", "2", "1", "0", "0"],
+        ["patient", "0.5", "1", "1", "0", "1"],
+        ["patient", "0.8", "0", "0", "1", "2"],
+    ]
+    assert rows[2][header.index("precision")] == "nan"  # nobody called positive
+
+
+def test_returned_numbers_are_what_the_hook_stores(make):
+    results = feed(make()).evaluate()
+    assert set(results) == {"diagnosis"}
+    values = results["diagnosis"]
+    assert all(type(v) is float for v in values.values())
+    names = {"auc", "recall_at_specificity_0.90", "tp", "fp", "tn", "fn"}
+    names |= {"accuracy", "recall", "precision", "specificity", "npv", "f1"}
+    assert set(values) == {f"{level}_{name}" for level in ("image", "patient") for name in names}
+    # Images: 0.75 beats 0, 0.5, 0.125; 0.25 beats 0, 0.125: 5 of 6 pairs.
+    assert values["image_auc"] == pytest.approx(5 / 6)
+    assert values["image_accuracy"] == 3 / 5 and values["image_recall"] == 1 / 2
+    assert values["patient_auc"] == 1 / 2 and values["patient_specificity"] == 0
+
+
+def test_json_has_both_levels(make):
+    evaluator = feed(make())
+    evaluator.evaluate()
+    content = json.loads((evaluator.output_dir / "diagnosis.json").read_text())
+    assert set(content) == {"operating_threshold", "image", "patient"}
+    assert content["operating_threshold"] == 0.5
+    assert (content["image"]["n"], content["image"]["n_positive"]) == (5, 2)
+    assert (content["patient"]["n"], content["patient"]["n_positive"]) == (3, 2)
+    assert content["image"]["tp"] == 1 and content["image"]["auc"] == pytest.approx(5 / 6)
+
+
+def test_json_has_null_and_no_nan(make):
+    evaluator = feed(make(), [("a", "p", 0, [0.1]), ("b", "p", 0, [])])
+    values = evaluator.evaluate()["diagnosis"]
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (evaluator.output_dir / "diagnosis.json").read_text()
+    content = json.loads(text, parse_constant=refuse)
+    assert content["image"]["auc"] is None and content["image"]["recall"] is None
+    assert content["image"]["specificity"] == 1.0
+    assert math.isnan(values["image_auc"])
+
+
+def test_images_handed_out_twice_count_once(make):
+    once, twice = feed(make()), feed(make(), [*IMAGES, *IMAGES[:2]])
+    assert twice.evaluate() == once.evaluate()
+    assert len(read_csv(twice.output_dir / "image_scores.csv")) == 1 + 5
+
+
+def test_rows_of_all_processes_are_gathered(make, monkeypatch):
+    expected = feed(make()).evaluate()
+    other = feed(make(), IMAGES[2:])._rows
+    module = "ich_det2.evaluation.evaluator.comm"
+    monkeypatch.setattr(f"{module}.gather", lambda rows, dst: [rows, other])
+    assert feed(make(), IMAGES[:3]).evaluate() == expected  # "c" comes from both
+    monkeypatch.setattr(f"{module}.is_main_process", lambda: False)
+    assert feed(make(), IMAGES[:3]).evaluate() == {}
+    # Each process for itself.
+    assert feed(make(distributed=False), IMAGES).evaluate() == expected
+
+
+def test_reset_forgets(make):
+    evaluator = feed(make())
+    evaluator.reset()
+    feed(evaluator, IMAGES[:2]).evaluate()
+    assert len(read_csv(evaluator.output_dir / "image_scores.csv")) == 1 + 2
+
+
+def test_image_without_patient_is_a_patient_of_its_own(make):
+    evaluator = feed(make(), [(image, None, label, s) for image, _, label, s in IMAGES])
+    values = evaluator.evaluate()["diagnosis"]
+    assert values["patient_auc"] == values["image_auc"]
+    assert [r[2] for r in read_csv(evaluator.output_dir / "image_scores.csv")[1:]] == list("abcde")
+
+
+def test_files_are_whole_and_nothing_else_is_left(make):
+    evaluator = feed(make(plots=True))
+    evaluator.evaluate()
+    assert sorted(path.name for path in evaluator.output_dir.iterdir()) == [
+        "diagnosis.json",
+        "diagnosis_thresholds.csv",
+        "diagnosis_thresholds.png",
+        "image_scores.csv",
+        "roc.png",
+    ]
+
+
+def test_a_table_that_fails_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.csv"
+    write_csv(path, ("x",), [{"x": 1}])
+    with pytest.raises(ValueError):
+        write_csv(path, ("x",), [{"x": 2}, {"y": 3}])
+    assert path.read_bytes() == b"x\n1\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluator = DiagnosisEvaluator(thresholds=[0.5], operating_threshold=0.5)
+    assert feed(evaluator).evaluate()["diagnosis"]["image_tp"] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_summary_prints_as_a_table():
+    results = {"n": 5, "n_positive": 2, "auc": 0.8333, "recall_at_specificity_0.90": math.nan}
+    results |= dict.fromkeys(("recall", "specificity", "precision", "accuracy"), 0.5)
+    results |= dict.fromkeys(("tp", "fp", "tn", "fn"), 1)
+    lines = format_summary({"image": results, "patient": results}).splitlines()
+    assert lines[0].split() == ["|", "|", "image", "|", "patient", "|"]
+    assert any(line.split()[1:6:2] == ["auc", "0.833", "0.833"] for line in lines)
+    assert len({len(line) for line in lines}) == 1

@@ -1,0 +1,96 @@
+"""Curves are written whole, for any number of images."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ich_det2.evaluation.diagnosis import METRICS, diagnosis_table
+from ich_det2.evaluation.plots import plot_history, plot_roc, plot_thresholds
+
+LEVELS = {
+    "image": (np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.4, 0.1])),
+    "patient": (np.array([1, 0]), np.array([0.9, 0.4])),
+}
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of the figure that was saved last."""
+    seen = []
+    save = Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        seen[:] = self.axes
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return seen
+
+
+def curves(ax):
+    return {line.get_label(): np.array(line.get_data(), dtype=float) for line in ax.lines}
+
+
+def assert_picture(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG" and min(image.size) > 300
+        assert np.asarray(image.convert("L")).std() > 5  # not blank
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_thresholds_show_every_metric_at_each_level(tmp_path, axes):
+    table = [row for k, v in LEVELS.items() for row in diagnosis_table(k, *v, [0.2, 0.5, 0.95])]
+    plot_thresholds(table, 0.5, tmp_path / "t.png")
+    assert_picture(tmp_path / "t.png")
+    assert [ax.get_title() for ax in axes] == ["image level", "patient level"]
+    for ax in axes:
+        assert set(curves(ax)) == {*METRICS, "operating threshold"}
+    # Lesions 0.9, 0.4: recall 1, 1/2, 0 at 0.2, 0.5, 0.95.
+    assert curves(axes[0])["recall"].tolist() == [[0.2, 0.5, 0.95], [1, 0.5, 0]]
+
+
+def test_roc_runs_from_corner_to_corner_through_hand_worked_points(tmp_path, axes):
+    plot_roc(LEVELS, 0.5, tmp_path / "roc.png")
+    assert_picture(tmp_path / "roc.png")
+    lines = curves(axes[0])
+    # Thresholds inf, 0.9, 0.4, 0.1: false alarms 0, 0, 1/2, 1; recall 0, 1/2, 1, 1.
+    # AUC: 0.9 beats both, 0.4 ties one and beats one: 3.5 of 4.
+    assert lines["image, AUC 0.875"].tolist() == [[0, 0, 0.5, 1], [0, 0.5, 1, 1]]
+    assert lines["patient, AUC 1.000"].tolist() == [[0, 0, 1], [0, 1, 1]]
+    dots = [line.get_data() for line in axes[0].lines if line.get_marker() == "o"]
+    assert [(x.item(), y.item()) for x, y in dots] == [(0, 0.5), (0, 1)]
+
+
+@pytest.mark.parametrize("label", [0, 1, None])
+def test_one_class_or_no_image_still_gives_pictures(tmp_path, label):
+    y_true = np.array([] if label is None else [label] * 3, dtype=int)
+    levels = {"image": (y_true, np.linspace(0.1, 0.9, len(y_true)))}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    plot_roc(levels, 0.5, tmp_path / "a" / "roc.png")
+    plot_thresholds(
+        diagnosis_table("image", *levels["image"], [0.5]), 0.5, tmp_path / "b" / "t.png"
+    )
+    assert_picture(tmp_path / "a" / "roc.png")
+    assert_picture(tmp_path / "b" / "t.png")
+
+
+def test_history_shows_each_metric_over_iterations(tmp_path, axes):
+    history = [
+        {"iteration": 100, "diagnosis/image_auc": 0.7, "bbox/AP50": 40.0, "bbox/AP": 20.0},
+        {"iteration": 200, "diagnosis/image_auc": 0.8, "bbox/AP50": 50.0},
+    ]
+    plot_history(history, tmp_path / "h.png")
+    assert_picture(tmp_path / "h.png")
+    diagnosis, boxes = (curves(ax) for ax in axes)
+    assert diagnosis["diagnosis/image_auc"].tolist() == [[100, 200], [0.7, 0.8]]
+    assert boxes["bbox/AP50"].tolist() == [[100, 200], [0.4, 0.5]]  # percent as fractions
+    assert boxes["bbox/AP"].tolist() == [[100], [0.2]]
+    assert set(diagnosis) == {"diagnosis/image_auc"}
+
+
+def test_history_without_metrics_is_no_error(tmp_path, axes):
+    plot_history([{"iteration": 100}], tmp_path / "h.png")
+    assert_picture(tmp_path / "h.png")
+    assert all(not ax.lines for ax in axes)

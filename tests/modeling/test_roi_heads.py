@@ -1,0 +1,146 @@
+"""The cost-sensitive second stage: stock at alpha 1, a weighted mean otherwise."""
+
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_roi_heads
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+
+from ich_det2.modeling.roi_heads import (
+    CostSensitiveFastRCNNOutputLayers,
+    CostSensitiveRes5ROIHeads,
+    CostSensitiveROIHeads,
+)
+
+LN2 = math.log(2)
+BOX = [0.0, 0.0, 10.0, 10.0]
+HEADS = [
+    ("StandardROIHeads", CostSensitiveROIHeads, "stride16"),
+    ("Res5ROIHeads", CostSensitiveRes5ROIHeads, "res4"),
+]
+
+
+def build(tiny_cfg, name, feature, *opts):
+    cfg = tiny_cfg(
+        "MODEL.ROI_HEADS.NAME", name,
+        "MODEL.ROI_HEADS.IN_FEATURES", [feature],
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8,
+        # A fifth stage of 32 channels for Res5ROIHeads.
+        "MODEL.RESNETS.RES2_OUT_CHANNELS", 4,
+        "MODEL.RESNETS.WIDTH_PER_GROUP", 4,
+        *opts,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return build_roi_heads(cfg, {feature: ShapeSpec(channels=16, stride=16)})
+
+
+def run(heads, feature):
+    """Losses and gradients of an image with a lesion and one without."""
+    torch.manual_seed(1)
+    features = {feature: torch.randn(2, 16, 4, 4, requires_grad=True)}
+    images = ImageList(torch.zeros(2, 3, 64, 64), [(64, 64)] * 2)
+    proposals, targets = [], []
+    for boxes in ([[10.0, 10.0, 30.0, 34.0]], torch.zeros(0, 4)):
+        corners = 40 * torch.rand(12, 2)
+        p = torch.cat([corners, corners + 5 + 15 * torch.rand(12, 2)], dim=1)
+        proposals.append(
+            Instances((64, 64), proposal_boxes=Boxes(p), objectness_logits=torch.rand(12))
+        )
+        boxes = Boxes(torch.as_tensor(boxes))
+        classes = torch.zeros(len(boxes), dtype=torch.int64)
+        targets.append(Instances((64, 64), gt_boxes=boxes, gt_classes=classes))
+    with EventStorage():
+        _, losses = heads(images, features, proposals, targets)
+    sum(losses.values()).backward()
+    grads = {name: p.grad for name, p in heads.named_parameters() if p.grad is not None}
+    return losses, {**grads, feature: features[feature].grad}
+
+
+@pytest.mark.parametrize(("stock", "ours", "feature"), HEADS, ids=["standard", "res5"])
+def test_alpha_one_equals_stock_bit_for_bit(tiny_cfg, stock, ours, feature):
+    opts = ("MODEL.ROI_HEADS.COST.ALPHA", 1.0)
+    heads = [build(tiny_cfg, name, feature, *opts) for name in (stock, ours.__name__)]
+    # Res5ROIHeads builds its predictor twice here, so that initial weights are drawn otherwise.
+    heads[1].load_state_dict(heads[0].state_dict())
+    (stock_losses, stock_grads), (our_losses, our_grads) = (run(h, feature) for h in heads)
+    assert our_losses.keys() == stock_losses.keys() and our_grads.keys() == stock_grads.keys()
+    assert all(torch.equal(our_losses[k], stock_losses[k]) for k in stock_losses)
+    assert all(torch.equal(our_grads[k], stock_grads[k]) for k in stock_grads)
+    assert stock_grads[feature].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("stock", "ours", "feature"), HEADS, ids=["standard", "res5"])
+def test_both_heads_build_from_the_config(tiny_cfg, stock, ours, feature):
+    heads = build(tiny_cfg, ours.__name__, feature, "MODEL.ROI_HEADS.COST.ALPHA", 2.5)
+    assert type(heads) is ours
+    assert type(heads.box_predictor) is CostSensitiveFastRCNNOutputLayers
+    assert heads.box_predictor.alpha == 2.5
+    losses, _ = run(heads, feature)
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
+    assert all(math.isfinite(x.item()) for x in losses.values())
+
+
+def layers(alpha, num_classes=1, **kwargs):
+    return CostSensitiveFastRCNNOutputLayers(
+        ShapeSpec(channels=4),
+        alpha=alpha,
+        box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        num_classes=num_classes,
+        **kwargs,
+    )
+
+
+def losses_of(predictor, scores, classes):
+    scores = torch.tensor(scores).reshape(len(classes), predictor.num_classes + 1)
+    boxes = Boxes(torch.tensor([BOX]).repeat(len(classes), 1))
+    proposals = Instances((64, 64), proposal_boxes=boxes, gt_boxes=boxes)
+    proposals.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    deltas = torch.full((len(classes), 4 * predictor.num_classes), 0.1)
+    with EventStorage():
+        return predictor.losses((scores, deltas), [proposals])
+
+
+@pytest.mark.parametrize("loss_weight", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [
+        # A lesion scored 3/4 costs ln(4/3); two backgrounds scored 1/2 cost ln 2 each.
+        (1.0, (math.log(4 / 3) + 2 * LN2) / 3),
+        (3.0, (3 * math.log(4 / 3) + 2 * LN2) / (3 + 2)),
+    ],
+)
+def test_hand_worked_weighted_mean(alpha, expected, loss_weight):
+    scores = [[math.log(3), 0.0], [0.0, 0.0], [0.0, 0.0]]
+    predictor = layers(alpha, loss_weight=loss_weight)
+    losses = losses_of(predictor, scores, [0, 1, 1])
+    assert losses["loss_cls"].item() == pytest.approx(loss_weight * expected, rel=1e-6)
+    stock = losses_of(layers(1.0, loss_weight=loss_weight), scores, [0, 1, 1])
+    assert torch.equal(losses["loss_box_reg"], stock["loss_box_reg"])
+
+
+def test_every_type_weighs_alpha_and_background_one():
+    # Scores 0 of three: ln 3 each. Wrong scores make the weights visible: type 1 at p = 1/2,
+    # background at p = 1/4 of (ln 2, 0, 0).
+    scores = [[0.0, LN2, 0.0], [LN2, 0.0, 0.0]]
+    losses = losses_of(layers(3.0, num_classes=2), scores, [1, 2])
+    expected = (3 * LN2 + math.log(4)) / (3 + 1)
+    assert losses["loss_cls"].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 3.0])
+def test_no_proposal_is_a_loss_of_zero(alpha):
+    assert losses_of(layers(alpha), [], [])["loss_cls"] == 0
+    with EventStorage():
+        losses = layers(alpha).losses((torch.zeros(0, 2), torch.zeros(0, 4)), [])
+    assert losses["loss_cls"] == 0
+
+
+@pytest.mark.parametrize("alpha", [0, -1, math.nan, math.inf])
+def test_bad_alpha_is_an_error(alpha):
+    message = f"MODEL.ROI_HEADS.COST.ALPHA must be a positive number, got {alpha}"
+    with pytest.raises(ValueError, match=message):
+        layers(alpha)

@@ -1,0 +1,191 @@
+"""Rooms of the package: imports point down only, config stops at the factories."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ich_det2
+
+PACKAGE = Path(ich_det2.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
+
+PURE = {
+    "ich_det2.anchors.clustering",
+    "ich_det2.data.dicom",
+    "ich_det2.data.splits",
+    "ich_det2.data.voc",
+    "ich_det2.evaluation.diagnosis",
+    "ich_det2.files",
+    "ich_det2.modeling.cost",
+}
+"""Modules without Detectron2, which every room may use."""
+
+BELOW = {
+    "": {"config", "modeling"},
+    "config": set(),
+    "anchors": {"anchors"},
+    "data": {"data", "config"},
+    "modeling": {"modeling", "config"},
+    "evaluation": {"evaluation", "config"},
+    "engine": {"engine", "anchors", "data", "modeling", "evaluation", "config"},
+}
+"""Room -> rooms that it may import, besides the pure modules; "" is ``ich_det2/__init__.py``."""
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(name, path):
+    """Absolute names of all modules imported, anywhere in a file; submodules resolved."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {n if n in MODULES else base for n in names}
+    return found
+
+
+IMPORTS = {name: imports_of(name, path) for name, path in MODULES.items()}
+
+
+def room_of(name):
+    return (name.split(".") + [""])[1]
+
+
+def test_the_walk_sees_what_is_imported():
+    assert {"ich_det2.modeling.cost", "ich_det2.modeling.sampling"} < IMPORTS[
+        "ich_det2.modeling.rpn"
+    ]
+    assert "ich_det2.files" in IMPORTS["ich_det2.evaluation.evaluator"]
+    assert "ich_det2.modeling" in IMPORTS["ich_det2"]
+    assert PURE <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down_only(name):
+    room = "" if name == "ich_det2" else room_of(name)
+    if room == "files":
+        allowed = set()
+    else:
+        allowed = BELOW[room]
+    for target in IMPORTS[name]:
+        if target.split(".")[0] == "ich_det2" and target not in PURE:
+            assert room_of(target) in allowed, f"{name} imports {target}"
+        assert target.split(".")[0] not in ("tools", "datasets", "tests"), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_modules_reach_no_detectron2(name):
+    seen, todo = set(), [name]
+    while todo:
+        current = todo.pop()
+        seen.add(current)
+        for target in IMPORTS[current]:
+            assert target.split(".")[0] not in ("detectron2", "fvcore"), f"{current}: {target}"
+            if target.split(".")[0] == "ich_det2":
+                assert target in PURE, f"{current} imports {target}"
+                todo += {target} - seen
+
+
+def functions_with_cfg(path):
+    """Names of the functions that take a config or read one."""
+
+    def is_cfg(node):
+        return isinstance(node, ast.Name) and node.id == "cfg"
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            if any(is_cfg(inner) for inner in ast.walk(node)):
+                yield getattr(node, "name", "lambda")
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if room_of(n) not in ("config", "engine")])
+def test_config_is_read_by_factories_only(name):
+    # `_init_box_head` is a part of Detectron2's ROIHeads.from_config.
+    for function in functions_with_cfg(MODULES[name]):
+        known = function.startswith("build_") or function in ("from_config", "_init_box_head")
+        assert known, f"{name}.{function} reads cfg"
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=120,
+    )
+
+
+def test_import_without_detectron2_says_so_in_one_sentence():
+    result = run(
+        """
+import sys
+
+class WithoutDetectron2:
+    def __init__(self, finders):
+        self.finders = finders
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "detectron2":
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in specs if spec is not None), None)
+
+sys.meta_path[:] = [WithoutDetectron2(list(sys.meta_path))]
+try:
+    import ich_det2
+except ImportError as error:
+    assert error.__cause__ is None and error.__context__ is None
+    print(error)
+    sys.exit(3)
+"""
+    )
+    assert result.returncode == 3, result.stderr
+    assert result.stdout.startswith("ich_det2 extends Detectron2, which is not installed")
+    assert "make setup" in result.stdout and len(result.stdout.splitlines()) == 1
+
+
+def test_import_registers_every_part_and_nothing_else_happens():
+    result = run(
+        """
+import ich_det2
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
+from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
+from ich_det2.modeling import ANCHOR_SAMPLER_REGISTRY
+
+for registry, names in (
+    (PROPOSAL_GENERATOR_REGISTRY, ["CostSensitiveRPN"]),
+    (RPN_HEAD_REGISTRY, ["CostSensitiveRPNHead"]),
+    (ANCHOR_GENERATOR_REGISTRY, ["ClusteredAnchorGenerator"]),
+    (ROI_HEADS_REGISTRY, ["CostSensitiveROIHeads", "CostSensitiveRes5ROIHeads"]),
+    (BACKBONE_REGISTRY, ["build_timm_backbone"]),
+    (ANCHOR_SAMPLER_REGISTRY, ["AdaptiveRatioSampler", "FixedRatioSampler"]),
+):
+    for name in names:
+        print(name, name in registry)
+print("datasets", any(name.startswith("ich_") for name in DatasetCatalog.list()))
+print("version", ich_det2.__version__)
+"""
+    )
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split() for line in result.stdout.splitlines())
+    assert lines.pop("version") == ich_det2.__version__
+    assert lines.pop("datasets") == "False"
+    assert len(lines) == 8 and set(lines.values()) == {"True"}
