@@ -26,6 +26,10 @@ def add_ich_config(cfg: CN) -> None:
     cfg.INPUT.AUG.SHIFT = 0.0
     # Random scaling: the head is drawn with a factor in [1 / (1 + SCALE), 1 + SCALE]. 0: off.
     cfg.INPUT.AUG.SCALE = 0.0
+    # Random rotation by at most so many degrees to either side. 0: off.
+    cfg.INPUT.AUG.ROTATE = 0.0
+    # Random contrast and brightness: factors in [1 - JITTER, 1 + JITTER]. 0: off.
+    cfg.INPUT.AUG.JITTER = 0.0
     # Fixed expansion of the training set as in the paper: each image stands EXPAND times in an
     # epoch, the first untouched, the others moved and scaled by at most EXPAND_SHIFT and
     # EXPAND_SCALE, drawn once. 1: off.

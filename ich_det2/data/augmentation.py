@@ -1,4 +1,4 @@
-"""Translation and scaling of slices: drawn anew each time, or fixed as in the paper."""
+"""Augmentation of slices: drawn anew each time, or the paper's fixed expansion."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 
 
 def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:
-    """Shift and scale (training), then the resize to the network's input, then the flip.
+    """What moves and changes a slice in training, then the resize to the network's input.
 
     Args:
         cfg: reads ``INPUT.AUG``, ``INPUT.MIN_SIZE_*``, ``INPUT.MAX_SIZE_*``, ``INPUT.RANDOM_FLIP``.
@@ -19,6 +19,11 @@ def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:
     shift, scale = cfg.INPUT.AUG.SHIFT, cfg.INPUT.AUG.SCALE
     if shift > 0 or scale > 0:
         augs.append(RandomShiftScale(shift, scale))
+    if cfg.INPUT.AUG.ROTATE > 0:
+        augs.append(T.RandomRotation([-cfg.INPUT.AUG.ROTATE, cfg.INPUT.AUG.ROTATE], expand=False))
+    if cfg.INPUT.AUG.JITTER > 0:
+        low, high = 1 - cfg.INPUT.AUG.JITTER, 1 + cfg.INPUT.AUG.JITTER
+        augs += [T.RandomContrast(low, high), T.RandomBrightness(low, high)]
     augs.append(
         T.ResizeShortestEdge(
             cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING

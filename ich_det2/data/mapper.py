@@ -104,7 +104,9 @@ class IchDatasetMapper:
             aug_input.transform(fixed)
             transforms += fixed
         transforms += self.augmentations(aug_input)
-        image = torch.from_numpy(aug_input.image.transpose(2, 0, 1).astype(np.float32))
+        # OpenCV, which rotates, drops the axis of a single channel.
+        image = aug_input.image.reshape(*aug_input.image.shape[:2], -1)
+        image = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
         # One window fills three channels.
         dataset_dict["image"] = image.expand(3, -1, -1).contiguous()
 
