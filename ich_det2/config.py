@@ -81,6 +81,9 @@ def add_ich_config(cfg: CN) -> None:
     cfg.MODEL.TIMM.OUT_STRIDES = [16]
     # Keep the batch norms' statistics and affine parameters as loaded.
     cfg.MODEL.TIMM.FREEZE_BN = True
+    # Share of the newest batch in the running statistics of batch norms that are not frozen. Some
+    # networks come with 0.01, which lags behind in a training of some hundred steps.
+    cfg.MODEL.TIMM.BN_MOMENTUM = 0.1
 
     # ---- diagnosis ---------------------------------------------------------------------------
     cfg.TEST.DIAGNOSIS = CN()

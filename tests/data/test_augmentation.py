@@ -94,6 +94,12 @@ def test_draws_stay_within_their_limits_and_fill_them():
         ({}, True, [T.ResizeShortestEdge, T.RandomFlip]),
         ({"AUG.SHIFT": 0.1}, True, [RandomShiftScale, T.ResizeShortestEdge, T.RandomFlip]),
         ({"AUG.SCALE": 0.1}, True, [RandomShiftScale, T.ResizeShortestEdge, T.RandomFlip]),
+        ({"AUG.ROTATE": 9.0}, True, [T.RandomRotation, T.ResizeShortestEdge, T.RandomFlip]),
+        (
+            {"AUG.JITTER": 0.1},
+            True,
+            [T.RandomContrast, T.RandomBrightness, T.ResizeShortestEdge, T.RandomFlip],
+        ),
     ],
 )
 def test_config_chooses_the_augmentations(tiny_cfg, opts, is_train, expected):

@@ -151,6 +151,16 @@ def test_box_follows_the_picture_under_all_augmentations(slice_of, tiny_cfg, fli
     assert "shift_scale" not in output
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_box_encloses_the_turned_picture(slice_of, tiny_cfg, seed):
+    cfg = tiny_cfg("INPUT.AUG.ROTATE", 10.0, "INPUT.AUG.JITTER", 0.1, "INPUT.MIN_SIZE_TRAIN", (96,))
+    np.random.seed(seed)
+    output = IchDatasetMapper(cfg, is_train=True)(slice_of("dicom"))
+    # The tips of a turned rectangle are blurred, so what is bright may end some pixels before.
+    x0, y0, x1, y1 = np.subtract(bright_box(output["image"]), box_of(output))
+    assert -1 <= x0 < 6 and -1 <= y0 < 6 and -6 < x1 <= 1 and -6 < y1 <= 1
+
+
 def test_augmentations_are_drawn_anew_each_time(slice_of):
     mapper, d = make_mapper([RandomShiftScale(0.1, 0.2)]), slice_of()
     np.random.seed(0)

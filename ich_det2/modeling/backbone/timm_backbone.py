@@ -21,13 +21,20 @@ class TimmBackbone(Backbone):
     """
 
     def __init__(
-        self, name: str, *, out_strides: list[int], freeze_bn: bool = True, freeze_at: int = 0
+        self,
+        name: str,
+        *,
+        out_strides: list[int],
+        freeze_bn: bool = True,
+        bn_momentum: float = 0.1,
+        freeze_at: int = 0,
     ):
         """
         Args:
             name: as in ``timm.create_model``; weights are random, ``MODEL.WEIGHTS`` loads them.
             out_strides: strides of the maps, in network-input pixels.
             freeze_bn: turn all batch norms into constant affine maps.
+            bn_momentum: share of the newest batch in the running statistics of the others.
             freeze_at: keep the network's first ``freeze_at`` feature stages as loaded, their batch
                 norms too; 0 trains all.
 
@@ -52,6 +59,9 @@ class TimmBackbone(Backbone):
         )
         if freeze_bn:
             self.features = freeze_batch_norm_2d(self.features)
+        for module in self.features.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = bn_momentum
         stages = _stages(name).module_name()
         if not 0 <= freeze_at <= len(stages):
             raise ValueError(
@@ -104,6 +114,7 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
         cfg.MODEL.TIMM.NAME,
         out_strides=cfg.MODEL.TIMM.OUT_STRIDES,
         freeze_bn=cfg.MODEL.TIMM.FREEZE_BN,
+        bn_momentum=cfg.MODEL.TIMM.BN_MOMENTUM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
 

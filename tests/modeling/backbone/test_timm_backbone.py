@@ -183,3 +183,14 @@ def test_frozen_batch_norm_stays_as_loaded_in_training(freeze_bn):
     trained = {name for name, p in backbone.named_parameters() if p.grad is not None}
     assert any("bn" in name for name in trained) is not freeze_bn
     assert any("conv" in name for name in trained)
+
+
+def test_running_statistics_follow_with_the_momentum_asked_for():
+    network = TimmBackbone("resnet18", out_strides=[8], freeze_bn=False, bn_momentum=0.25)
+    network.train()
+    norm = network.features.model.bn1
+    x = torch.randn(2, 3, 64, 64)
+    batch_mean = network.features.model.conv1(x).mean(dim=(0, 2, 3))
+    network(x)
+    # Running means start at 0: 0.75 * 0 + 0.25 * the batch's.
+    torch.testing.assert_close(norm.running_mean, 0.25 * batch_mean)
