@@ -14,6 +14,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from ich_det2 import add_ich_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+BLEED = [("IPH", (11, 13, 30, 28))]
+SPLITS = {"train": ("a", "b", "c", "d"), "val": ("e", "f"), "test": ("g", "h")}
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -108,6 +110,21 @@ def voc_tree(tmp_path, write_ct):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(images) + "\n")
         if patients is not None:
             (root / "patients.csv").write_text("\n".join(patients) + "\n")
+        return root
+
+    return make
+
+
+@pytest.fixture
+def full_tree(voc_tree):
+    """Factory of a VOC tree: 4 training, 2 validation and 2 test slices, every other bleeds."""
+
+    def make(kind="png"):
+        for split, ids in SPLITS.items():
+            images = {i: BLEED if n % 2 == 0 else [] for n, i in enumerate(ids)}
+            root = voc_tree(images, split=split, kind=kind)
+        patients = [f"{i},p-{i}" for ids in SPLITS.values() for i in ids]
+        (root / "patients.csv").write_text("\n".join(["image,patient", *patients]) + "\n")
         return root
 
     return make
