@@ -131,7 +131,13 @@ class CostSensitiveRPN(RPN):
         samples = []
         for labels, image_logits in zip(gt_labels, logits):
             if self.screen_nms_thresh > 0:
-                labels = screen_by_nms(labels, image_logits, anchors.tensor, self.screen_nms_thresh)
+                labels = screen_by_nms(
+                    labels,
+                    image_logits,
+                    anchors.tensor,
+                    self.screen_nms_thresh,
+                    self.pre_nms_topk[self.training],
+                )
             samples.append(self.anchor_sampler.sample(labels, ratio))
         probs = logits.float().sigmoid()
         self.anchor_sampler.update(list(probs), samples)

@@ -45,7 +45,7 @@ def make_rpn(cls, head_cls, levels, batch_size=64, positive_fraction=0.5, **kwar
         box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
         batch_size_per_image=batch_size,
         positive_fraction=positive_fraction,
-        pre_nms_topk=(100, 100),
+        pre_nms_topk=(500, 500),  # at least all anchors: 480
         post_nms_topk=(20, 20),
         **kwargs,
     )

@@ -327,10 +327,10 @@ def test_unknown_sampler_names_the_known(tiny_cfg):
 # ---- screen_by_nms -----------------------------------------------------------------------------
 
 
-def screen(labels, logits, boxes, thresh):
+def screen(labels, logits, boxes, thresh, topk=100):
     labels = torch.tensor(labels, dtype=torch.int8)
     before = labels.clone()
-    out = screen_by_nms(labels, torch.tensor(logits), torch.tensor(boxes), thresh)
+    out = screen_by_nms(labels, torch.tensor(logits), torch.tensor(boxes), thresh, topk)
     assert torch.equal(labels, before) and out.dtype == labels.dtype
     return out.tolist()
 
@@ -369,6 +369,13 @@ def test_threshold_is_the_iou_above_which_one_goes(thresh, expected):
     assert screen([0, 0], [1.0, 0.0], [BOX, [0.0, 0.0, 10.0, 5.0]], thresh) == expected
 
 
+def test_only_the_highest_scored_of_each_label_are_screened():
+    boxes = [[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(6)]  # apart
+    logits = [0.1, 0.3, 0.2, 0.9, 0.7, 0.8]
+    assert screen([0, 0, 0, 1, 1, 1], logits, boxes, 0.5, topk=2) == [-1, 0, 0, 1, -1, 1]
+    assert screen([0, 0, 0, 1, 1, 1], logits, boxes, 0.5, topk=3) == [0, 0, 0, 1, 1, 1]
+
+
 @given(seed=st.integers(0, 1000), thresh=st.floats(0.05, 0.95))
 def test_screening_equals_nms_of_each_label_alone(seed, thresh):
     generator = torch.Generator().manual_seed(seed)
@@ -376,8 +383,9 @@ def test_screening_equals_nms_of_each_label_alone(seed, thresh):
     boxes = torch.cat([corners, corners + 5 + 20 * torch.rand((30, 2), generator=generator)], 1)
     labels = torch.randint(-1, 2, (30,), generator=generator)
     logits = torch.randn(30, generator=generator)
-    out = screen_by_nms(labels, logits, boxes, thresh)
+    out = screen_by_nms(labels, logits, boxes, thresh, 30)
     for value in (0, 1):
         alone = torch.where(labels == value, labels, -1)
-        assert torch.equal(out == value, screen_by_nms(alone, logits, boxes, thresh) == value)
+        screened = screen_by_nms(alone, logits, boxes, thresh, 30)
+        assert torch.equal(out == value, screened == value)
         assert (out == value).any() == (labels == value).any()
