@@ -20,6 +20,12 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 if "$python" -c 'import detectron2' 2>/dev/null; then
     echo "Detectron2 is taken from the environment of '$python'."
     "$python" -m venv --clear --system-site-packages "$venv"
+    # PYTHON may be that of a virtual environment itself, whose packages the above leaves out.
+    purelib=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$python" -c 'import site, sysconfig
+for path in dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("platlib")]):
+    print(f"import site; site.addsitedir({path!r})")' \
+        > "$purelib/environment.pth"
     # Versions of the environment stay; what is missing comes in the locked version.
     sed -n 's/^\([A-Za-z0-9._-]*==[^ \\]*\)\( ;[^\\]*\)\{0,1\}.*$/\1\2/p' requirements.lock \
         | grep -v -E '^(torch|torchvision|triton|nvidia-|cuda-|numpy|setuptools)' \
