@@ -30,7 +30,7 @@ settings.load_profile("ich")
 
 @pytest.fixture
 def tiny_cfg():
-    """Factory of a detector's config: EfficientNet-Lite0, 64 pixels, random weights."""
+    """Factory of a config: EfficientNet-Lite0, 64 pixels, random weights, no augmentation."""
 
     def make(*opts, config="csfrcnn_effnet_lite0.yaml"):
         cfg = get_cfg()
@@ -41,6 +41,8 @@ def tiny_cfg():
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[12.0, 24.0]]
         cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (64,), 64
+        for name in ("SHIFT", "SCALE", "ROTATE", "JITTER"):
+            cfg.INPUT.AUG[name] = 0.0
         cfg.merge_from_list(list(opts))
         return cfg
 

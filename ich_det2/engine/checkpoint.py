@@ -77,6 +77,13 @@ class IchCheckpointer(DetectionCheckpointer):
                     ) from error
         return super()._load_file(filename)
 
+    def _load_model(self, checkpoint: dict):
+        incompatible = super()._load_model(checkpoint)
+        # Stock Detectron2 has no ratio k; it starts at its first value.
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.endswith("anchor_sampler._ratio")]
+        return incompatible
+
     def _torch_load(self, f: str) -> dict:
         try:
             return torch.load(f, map_location="cpu", weights_only=True)
@@ -103,3 +110,8 @@ class IchCheckpointer(DetectionCheckpointer):
             torch.save(data, f)
         if tag_last:
             self.tag_last_checkpoint(path.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        # A run killed while fvcore writes the file could not be resumed.
+        with write_atomically(Path(self.save_dir) / "last_checkpoint") as f:
+            f.write(last_filename_basename)

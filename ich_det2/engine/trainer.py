@@ -18,19 +18,26 @@ from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import DiagnosisEvaluator
 from .checkpoint import IchCheckpointer
 from .hooks import BEST_CHECKPOINT, BestCheckpointer, DiagnosisHook
+from .resume import ResumableLoader, seed_generators
+
+logger = logging.getLogger(__name__)
 
 
 class IchTrainer(DefaultTrainer):
     """Trains on ``DATASETS.TRAIN``, selects the model on ``DATASETS.VAL``, tests it once.
 
-    Runs on one GPU, several, or the CPU in one or several (gloo) processes.
+    Runs on one GPU, several, or the CPU in one or several (gloo) processes. A run that is resumed
+    equals one that was never interrupted, see :mod:`ich_det2.engine.resume`.
     """
 
     def __init__(self, cfg):
         # DefaultTrainer.__init__ hands GPU numbers to DistributedDataParallel, which fails on the
         # CPU, and builds Detectron2's checkpointer; everything else is as there.
         super(DefaultTrainer, self).__init__()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg.defrost()
+        if cfg.SEED < 0:
+            cfg.SEED = int(comm.shared_random_seed())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -45,8 +52,35 @@ class IchTrainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As ``DefaultTrainer.resume_or_load``; the data go on behind the last trained batch."""
+        super().resume_or_load(resume)
+        if self.start_iter > 0:
+            if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+                logger.warning(
+                    "DATALOADER.ASPECT_RATIO_GROUPING keeps images back between batches: the"
+                    " resumed run takes them in another order than an uninterrupted one."
+                )
+            self._trainer.reset_data_loader(
+                lambda: self.build_train_loader(self.cfg, self.start_iter)
+            )
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "seed": self.cfg.SEED}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        if "seed" in state_dict:
+            self.cfg.SEED = state_dict["seed"]
+        else:
+            logger.warning(
+                "The checkpoint holds no seed: the order of the data and the random draws are not"
+                " those of the interrupted run."
+            )
+
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg, start_iter: int = 0) -> ResumableLoader:
+        """The training loader, from iteration ``start_iter`` on."""
         dataset = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
@@ -57,9 +91,12 @@ class IchTrainer(DefaultTrainer):
             scale=cfg.INPUT.AUG.EXPAND_SCALE,
             seed=max(cfg.SEED, 0),
         )
-        return build_detection_train_loader(
+        # Detectron2's samplers draw a seed of their own, from NumPy's generator.
+        seed_generators(cfg.SEED, "order")
+        loader = build_detection_train_loader(
             cfg, dataset=dataset, mapper=IchDatasetMapper(cfg, is_train=True)
         )
+        return ResumableLoader(loader, seed=cfg.SEED, start_iter=start_iter)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
@@ -117,6 +154,6 @@ class IchTrainer(DefaultTrainer):
         """
         comm.synchronize()
         best = Path(self.cfg.OUTPUT_DIR) / f"{BEST_CHECKPOINT}.pth"
-        logging.getLogger(__name__).info(f"Testing the best model by validation, {best}.")
+        logger.info(f"Testing the best model by validation, {best}.")
         self.checkpointer.load(str(best), checkpointables=[])
         return self.test(self.cfg, self.model)

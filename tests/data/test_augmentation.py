@@ -103,7 +103,7 @@ def test_draws_stay_within_their_limits_and_fill_them():
     ],
 )
 def test_config_chooses_the_augmentations(tiny_cfg, opts, is_train, expected):
-    opts = {"AUG.SHIFT": 0.0, "AUG.SCALE": 0.0, "RANDOM_FLIP": "horizontal"} | opts
+    opts = {"RANDOM_FLIP": "horizontal"} | opts
     cfg = tiny_cfg(*(x for key, value in opts.items() for x in (f"INPUT.{key}", value)))
     assert [type(a) for a in build_augmentation(cfg, is_train)] == expected
 

@@ -1,0 +1,250 @@
+"""A run that was interrupted and resumed equals one that was not, in every loss and in k."""
+
+import itertools
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+
+from ich_det2.engine import IchCheckpointer, IchTrainer
+from ich_det2.engine.setup import check_config
+
+ROOT = Path(__file__).parents[2]
+SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+SMALL = (
+    *("SOLVER.MAX_ITER", "6", "SOLVER.STEPS", "(4,)", "SOLVER.WARMUP_ITERS", "2"),
+    *("SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "2", "SOLVER.IMS_PER_BATCH", "2"),
+    *("INPUT.AUG.SHIFT", "0.1", "INPUT.AUG.SCALE", "0.2"),
+    *("INPUT.AUG.ROTATE", "10.0", "INPUT.AUG.JITTER", "0.2"),
+)
+
+
+@pytest.fixture
+def cfg(tiny_cfg, full_tree, tmp_path, monkeypatch):
+    """Every kind of random augmentation, validation each 2 iterations, checkpoints each 3."""
+    # Drawing would take most of the time.
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+    root, out = str(full_tree()), str(tmp_path / "uninterrupted")
+    opts = ("DATALOADER.NUM_WORKERS", "0", "DATASETS.ICH_ROOT", root, "OUTPUT_DIR", out)
+    cfg = tiny_cfg(*SMALL, *opts)
+    check_config(cfg, eval_only=False, resume=False)
+    return cfg
+
+
+class Record(HookBase):
+    """Total loss and k of each iteration."""
+
+    def __init__(self):
+        self.values = []
+
+    def after_step(self):
+        latest = self.trainer.storage.latest()
+        self.values.append((latest["total_loss"][0], latest["rpn/ratio_target"][0]))
+
+
+def train(cfg, resume=False):
+    """Returns the losses and k of the iterations, and the weights after the last."""
+    seed_all_rng(cfg.SEED if cfg.SEED >= 0 else None)
+    trainer, record = IchTrainer(cfg), Record()
+    trainer.register_hooks([record])
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return record.values, trainer.model.state_dict()
+
+
+def interrupt(cfg, checkpoint="model_0000002.pth"):
+    """The config of a run that got no further than a checkpoint, in a folder of its own."""
+    cfg, out = cfg.clone(), Path(cfg.OUTPUT_DIR)
+    cfg.OUTPUT_DIR = str(out.with_name("interrupted"))
+    Path(cfg.OUTPUT_DIR).mkdir()
+    shutil.copy(out / checkpoint, cfg.OUTPUT_DIR)
+    (Path(cfg.OUTPUT_DIR) / "last_checkpoint").write_text(checkpoint)
+    return cfg
+
+
+def assert_continues(whole, resumed):
+    (values, weights), (resumed_values, resumed_weights) = whole, resumed
+    assert len(values) == 6
+    assert resumed_values == values[3:]
+    assert [key for key in weights if not torch.equal(weights[key], resumed_weights[key])] == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_equals_the_uninterrupted_one(cfg, workers):
+    cfg.DATALOADER.NUM_WORKERS = workers
+    whole = train(cfg)
+    assert len({k for _, k in whole[0][3:]}) > 1  # k moves, so it is worth comparing
+    assert_continues(whole, train(interrupt(cfg), resume=True))
+
+
+def test_a_random_seed_is_taken_along(cfg):
+    cfg.SEED = -1
+    whole = train(cfg)
+    assert_continues(whole, train(interrupt(cfg), resume=True))
+    assert cfg.SEED == -1
+
+
+def test_losses_depend_neither_on_workers_nor_on_validation(cfg, tmp_path):
+    values, _ = train(cfg)
+    cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD = str(tmp_path / "other"), 0
+    cfg.DATALOADER.NUM_WORKERS = 1
+    assert train(cfg)[0] == values
+
+
+def batches(cfg, number, start_iter=0):
+    """File name and checksum of the augmented images, of ``number`` batches."""
+    loader = IchTrainer.build_train_loader(cfg, start_iter)
+    return [
+        [(Path(d["file_name"]).stem, d["image"].double().sum().item()) for d in batch]
+        for batch in itertools.islice(loader, number)
+    ]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_continues_where_it_was(cfg, sampler):
+    cfg.DATALOADER.SAMPLER_TRAIN = sampler
+    # An image with a box stands sqrt(1.5 / 0.5) = 1.7 times in an epoch: rounded at random.
+    cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.5, 0.75
+    cfg.INPUT.AUG.EXPAND = 2
+    stream = batches(cfg, 12)
+    assert batches(cfg, 5, start_iter=7) == stream[7:]
+    sums = [image for batch in stream for _, image in batch]
+    assert len(set(sums)) == len(sums)  # no augmentation is drawn twice
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_stream_does_not_depend_on_the_number_of_workers(cfg, workers):
+    stream = batches(cfg, 6)
+    cfg.DATALOADER.NUM_WORKERS = workers
+    assert batches(cfg, 6) == stream
+    assert batches(cfg, 4, start_iter=2) == stream[2:]
+
+
+def test_ranks_share_the_images_of_an_iteration(cfg, monkeypatch):
+    stream = batches(cfg, 6)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "all_gather", lambda data: [data])
+    ranks = []
+    for rank in range(2):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        ranks.append(batches(cfg, 4, start_iter=2))
+    assert [a + b for a, b in zip(*ranks)] == stream[2:]
+
+
+def test_another_seed_gives_another_order_and_other_draws(cfg):
+    stream = batches(cfg, 6)
+    cfg.SEED += 1
+    other = batches(cfg, 6)
+    assert [[name for name, _ in b] for b in other] != [[name for name, _ in b] for b in stream]
+    assert not {image for b in other for image in b} & {image for b in stream for image in b}
+
+
+@pytest.fixture
+def resumable(cfg):
+    """A trainer on a folder with a checkpoint of 3 iterations."""
+    trainer = IchTrainer(cfg)
+    trainer.iter = 2
+    trainer.checkpointer.save("model_0000002")
+    return trainer
+
+
+def test_a_checkpoint_without_a_seed_resumes_with_one_warning(resumable, cfg, caplog):
+    file = Path(cfg.OUTPUT_DIR) / "model_0000002.pth"
+    older = torch.load(file, weights_only=True)
+    del older["trainer"]["seed"]
+    torch.save(older, file)
+    caplog.clear()
+    resumable.resume_or_load(True)
+    assert resumable.start_iter == 3
+    (warning,) = warnings(caplog)
+    assert "holds no seed" in warning
+
+
+def test_grouping_by_aspect_ratio_warns_that_it_is_not_exact(resumable, caplog):
+    resumable.cfg.DATALOADER.ASPECT_RATIO_GROUPING = True
+    caplog.clear()
+    resumable.resume_or_load(True)
+    (warning,) = warnings(caplog)
+    assert "ASPECT_RATIO_GROUPING" in warning
+    assert len(next(iter(resumable.data_loader))) == 2
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_a_stock_checkpoint_loads_without_a_warning(tiny_cfg, tmp_path, caplog):
+    stock = tiny_cfg(
+        *("MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.HEAD_NAME", "StandardRPNHead"),
+        *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+    )
+    DetectionCheckpointer(build_model(stock), str(tmp_path)).save("stock")
+    checkpointer = IchCheckpointer(build_model(tiny_cfg()))
+    caplog.clear()
+    checkpointer.load(str(tmp_path / "stock.pth"))
+    assert warnings(caplog) == []
+    # What is really missing is still said.
+    state = torch.load(tmp_path / "stock.pth", weights_only=True)
+    del state["model"]["proposal_generator.rpn_head.conv.bias"]
+    torch.save(state, tmp_path / "stock.pth")
+    checkpointer.load(str(tmp_path / "stock.pth"))
+    (warning,) = warnings(caplog)
+    assert "rpn_head.conv" in warning and "_ratio" not in warning
+
+
+def test_a_kill_while_the_last_checkpoint_is_noted_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpointer = IchCheckpointer(torch.nn.Linear(2, 1), str(tmp_path))
+    checkpointer.save("model_0000002")
+    rename = os.replace
+
+    def killed(source, target):
+        if Path(target).name == "last_checkpoint":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("model_0000005")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000002.pth")
+
+
+def start(cfg, out, *argv):
+    """Starts tools/train_net.py with the config written to a file."""
+    file = Path(cfg.OUTPUT_DIR).with_name("config.yaml")
+    file.write_text(cfg.dump())
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py")]
+    command += ["--config-file", str(file), *argv, "OUTPUT_DIR", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=env)
+
+
+def test_the_command_line_survives_kill_9(cfg, tmp_path):
+    cfg.DATALOADER.NUM_WORKERS, cfg.TEST.EVAL_PERIOD = 1, 4
+    out = tmp_path / "killed"
+    process = start(cfg, out)
+    while not (out / "last_checkpoint").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not (out / "model_final.pth").exists()
+    assert start(cfg, out, "--resume").wait(timeout=300) == 0
+    assert "Starting training from iteration 3" in (out / "log.txt").read_text()
+
+    _, weights = train(cfg)
+    resumed = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    assert resumed["proposal_generator.anchor_sampler._ratio"] > 1
+    assert [key for key in weights if not torch.equal(weights[key], resumed[key])] == []

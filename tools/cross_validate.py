@@ -1,0 +1,244 @@
+#!/usr/bin/env python
+"""Compares forms of a detector by cross-validation over patients.
+
+    python tools/cross_validate.py DATA --output output/cv \\
+        --form plain configs/frcnn_effnet_lite0.yaml \\
+        --form cost configs/csfrcnn_effnet_lite0.yaml \\
+        --form alpha-1 configs/csfrcnn_effnet_lite0.yaml MODEL.RPN.COST.ALPHA 1.0
+
+Each form is trained on all folds but one and scored on that one, so that every patient is scored
+once by a model that has not seen the patient. The last model of a training is taken, so nothing is
+selected on the fold that is scored. A cell (form, fold) is a run of tools/train_net.py in
+OUTPUT/<form>/fold<i>; a finished one is not run again, so a run that was stopped can be started
+again, with further forms too. OUTPUT/table.csv and .md hold the pooled metrics, and the
+differences to the first form with 95 % intervals by paired bootstrap over patients.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from tabulate import tabulate
+
+from ich_det2.data.splits import find_images, read_patients, split_by_group
+from ich_det2.data.voc import read_voc
+from ich_det2.engine.setup import load_config
+from ich_det2.evaluation.boxes import average_precision, box_recall
+from ich_det2.evaluation.diagnosis import recall_at_specificity, roc_auc_score, summarize
+from ich_det2.evaluation.evaluator import write_csv
+from ich_det2.evaluation.intervals import bootstrap_by_group
+from ich_det2.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALARS = {"mean k": "rpn/ratio_target", "positives an image": "rpn/num_pos_anchors"}
+THRESHOLD = 0.5
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="VOC tree with patients.csv")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--form",
+        dest="forms",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar=("NAME", "CONFIG"),
+        help="a name, a config file, and KEY VALUE pairs; the first form is the reference",
+    )
+    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--only", type=int, nargs="+", metavar="FOLD", help="run these folds alone")
+    parser.add_argument("--seed", type=int, default=0, help="of the folds")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side; on one GPU: 1")
+    return parser.parse_args(argv)
+
+
+def make_folds(data: Path, output: Path, folds: int, seed: int) -> None:
+    """Writes OUTPUT/folds/<i>: links to the data, and image sets that leave out fold i.
+
+    Raises:
+        FileNotFoundError, ValueError: if the tree is not complete or has too few patients.
+    """
+    images, patients = list(find_images(data)), read_patients(data)
+    unknown = [image for image in images if image not in patients]
+    if unknown:
+        raise ValueError(
+            f"{data}/patients.csv does not name '{unknown[0]}' and {len(unknown) - 1} more images;"
+            f" `python datasets/make_splits.py {data}` writes it for DICOM."
+        )
+    positive = [len(read_voc(data / "Annotations" / f"{i}.xml").objects) > 0 for i in images]
+    groups = [patients[image][0] for image in images]
+    parts = split_by_group(groups, [1 / folds] * folds, stratify=positive, seed=seed)
+    for fold, part in enumerate(parts):
+        tree = output / "folds" / str(fold)
+        (tree / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        for name in ("Annotations", "DICOM", "JPEGImages", "patients.csv"):
+            if (data / name).exists() and not (tree / name).is_symlink():
+                (tree / name).symlink_to((data / name).resolve())
+        held = set(part.tolist())
+        splits = {"test": held, "train": set(range(len(images))) - held}
+        for split, members in splits.items():
+            path = tree / "ImageSets/Main" / f"{split}.txt"
+            text = "".join(f"{images[i]}\n" for i in sorted(members))
+            if path.is_file() and path.read_text() != text:
+                raise ValueError(f"{output} holds other folds; give another --output.")
+            with write_atomically(path) as file:
+                file.write(text)
+
+
+def run_cell(args, form: list[str], fold: int) -> str | None:
+    """Trains and scores one cell unless it is finished; returns what went wrong, if anything."""
+    name, config, *opts = form
+    folder = args.output / name / f"fold{fold}"
+    if (folder / "done").is_file():
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    opts += ["DATASETS.ICH_ROOT", args.output / "folds" / str(fold), "OUTPUT_DIR", folder]
+    # The last model is scored, once: DATASETS.VAL is not used to select.
+    opts += ["DATASETS.VAL", "('ich_test',)", "TEST.EVAL_PERIOD", "0"]
+    command = [sys.executable, str(ROOT / "tools/train_net.py"), "--resume"]
+    command += ["--config-file", config, *map(str, opts)]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with open(folder / "terminal.txt", "w") as log:
+        done = subprocess.run(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+    if done.returncode:
+        return f"{folder}: exit code {done.returncode}, see terminal.txt there."
+    (folder / "done").touch()
+    return None
+
+
+class Cells:
+    """The pooled predictions of the finished cells of a form."""
+
+    def __init__(self, folders: list[Path]):
+        self.rows, self.boxes, self.truth, metrics = [], {}, {}, []
+        for folder in folders:
+            inference = folder / "inference/ich_test"
+            with open(inference / "image_scores.csv", newline="") as file:
+                self.rows += list(csv.DictReader(file))
+            for box in json.loads((inference / "coco_instances_results.json").read_text()):
+                entry = (box["score"], *box["bbox"])
+                self.boxes.setdefault(str(box["image_id"]), []).append(entry)
+            truth = json.loads((inference / "ich_test_coco_format.json").read_text())
+            for box in truth["annotations"]:
+                self.truth.setdefault(str(box["image_id"]), []).append(tuple(box["bbox"]))
+            with open(folder / "metrics.json") as file:
+                metrics += [json.loads(line) for line in file]
+        self.rows.sort(key=lambda row: row["image_id"])
+        self.y_true = np.array([int(row["label"]) for row in self.rows])
+        self.y_score = np.array([float(row["score"]) for row in self.rows])
+        self.patients = [row["patient_id"] for row in self.rows]
+        self.scalars = {
+            name: np.mean([m[key] for m in metrics if key in m] or np.nan)
+            for name, key in SCALARS.items()
+        }
+
+    def metrics(self) -> dict[str, float]:
+        summary = summarize(self.y_true, self.y_score, THRESHOLD)
+        ids = [row["image_id"] for row in self.rows]
+        boxes = [np.array(self.boxes.get(i, [])).reshape(-1, 5) for i in ids]
+        truth = [np.array(self.truth.get(i, [])).reshape(-1, 4) for i in ids]
+        return {
+            "images": summary["n"],
+            "AUC": summary["auc"],
+            "recall @ specificity 0.90": summary["recall_at_specificity_0.90"],
+            **{key: summary[key] for key in ("accuracy", "recall", "specificity")},
+            "box recall": box_recall(boxes, truth, iou_threshold=0.5),
+            "box recall, score >= 0.5": box_recall(
+                boxes, truth, iou_threshold=0.5, score_threshold=THRESHOLD
+            ),
+            "AP50": average_precision(boxes, truth, iou_threshold=0.5),
+            **self.scalars,
+        }
+
+
+def differences(cells: Cells, reference: Cells) -> dict[str, str]:
+    """AUC and recall at specificity 0.90 against the reference, with paired 95 % intervals."""
+
+    def difference(i):
+        return [
+            metric(c.y_true[i], c.y_score[i]) - metric(r.y_true[i], r.y_score[i])
+            for c, r in [(cells, reference)]
+            for metric in (roc_auc_score, lambda y, s: recall_at_specificity(y, s, 0.90))
+        ]
+
+    if cells.patients != reference.patients:
+        return {}
+    point = difference(np.arange(len(cells.y_true)))
+    bounds = bootstrap_by_group(difference, cells.patients)
+    names = ("AUC difference", "recall @ specificity 0.90, difference")
+    return {n: f"{p:+.3f} [{a:+.3f}, {b:+.3f}]" for n, p, (a, b) in zip(names, point, bounds)}
+
+
+def write_table(args) -> None:
+    rows, reference = [], None
+    for name, *_ in args.forms:
+        folders = [args.output / name / f"fold{fold}" for fold in range(args.folds)]
+        folders = [folder for folder in folders if (folder / "done").is_file()]
+        if not folders:
+            continue
+        cells = Cells(folders)
+        row = {"form": name, "folds": len(folders), **cells.metrics()}
+        if reference is not None:
+            row |= differences(cells, reference)
+        else:
+            reference = cells
+        rows.append(row)
+    if not rows:
+        return
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    write_csv(args.output / "table.csv", fields, rows)
+    table = tabulate([[r.get(f, "") for f in fields] for r in rows], fields, "github", ".3f")
+    with write_atomically(args.output / "table.md") as file:
+        file.write(table + "\n")
+    print(table)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    failures = []
+    try:
+        names = [form[0] for form in args.forms]
+        for name, *rest in args.forms:
+            if not re.fullmatch(r"\w[\w.-]*", name) or name == "folds" or names.count(name) > 1:
+                raise ValueError(f"--form '{name}': expected different names fit for a folder.")
+            if len(rest) % 2 == 0:
+                raise ValueError(f"--form {name}: expected a config file and KEY VALUE pairs.")
+            load_config(rest[0], rest[1:])
+        args.output.mkdir(parents=True, exist_ok=True)
+        make_folds(args.data, args.output, args.folds, args.seed)
+    except (OSError, ValueError) as error:
+        print(f"cross_validate.py: error: {error}", file=sys.stderr)
+        return 2
+    folds = range(args.folds) if args.only is None else args.only
+    cells = [(form, fold) for form in args.forms for fold in folds]
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress, ThreadPoolExecutor(args.jobs) as pool:
+        task = progress.add_task("trainings", total=len(cells))
+        for done in as_completed(pool.submit(run_cell, args, *cell) for cell in cells):
+            progress.advance(task)
+            if done.result():
+                failures.append(done.result())
+                progress.console.print(done.result())
+    write_table(args)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
