@@ -33,6 +33,11 @@ setup(
         "scikit-learn",
         "defusedxml",
         "rich",
+        "jinja2",
+        "nibabel",
+        "faster-coco-eval",
+        "scipy",
+        "pycocotools",
         "tensorboard",
     ],
 )
