@@ -1,5 +1,19 @@
 """Anchors from data."""
 
-from .clustering import Anchors, anchor_recall, best_iou, cluster_anchors
+from .clustering import (
+    AnchorPairs,
+    Anchors,
+    anchor_recall,
+    best_iou,
+    cluster_anchors,
+    cluster_pairs,
+)
 
-__all__ = ["Anchors", "anchor_recall", "best_iou", "cluster_anchors"]
+__all__ = [
+    "AnchorPairs",
+    "Anchors",
+    "anchor_recall",
+    "best_iou",
+    "cluster_anchors",
+    "cluster_pairs",
+]

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ich_det2.anchors import Anchors, anchor_recall, best_iou, cluster_anchors
+from ich_det2.anchors import (
+    AnchorPairs,
+    Anchors,
+    anchor_recall,
+    best_iou,
+    cluster_anchors,
+    cluster_pairs,
+)
+from ich_det2.anchors.clustering import MAX_DISTINCT
 
 
 def lognormal_boxes(count, seed=0):
@@ -121,6 +129,8 @@ def test_bad_boxes_are_errors(boxes, message):
     with pytest.raises(ValueError, match=message):
         cluster_anchors(boxes)
     with pytest.raises(ValueError, match=message):
+        cluster_pairs(boxes)
+    with pytest.raises(ValueError, match=message):
         best_iou(boxes, Anchors((10.0,), (1.0,)))
 
 
@@ -135,6 +145,103 @@ def test_bad_boxes_are_errors(boxes, message):
 def test_bad_arguments_are_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         cluster_anchors([[10, 10]], **kwargs)
+
+
+def test_no_pair_is_an_error():
+    with pytest.raises(ValueError, match="at least 1 pair, got 0"):
+        cluster_pairs([[10, 10]], 0)
+
+
+def test_many_distinct_boxes_keep_the_centres_of_all():
+    # More than are clustered one by one: groups stand for their neighbours.
+    boxes = lognormal_boxes(3 * MAX_DISTINCT)
+    sizes, ratios = cluster_anchors(boxes)
+    for values, centres in (
+        (boxes.prod(axis=1), np.square(sizes)),
+        (boxes[:, 1] / boxes[:, 0], ratios),
+    ):
+        nearest = np.abs(values[:, None] - np.asarray(centres)).argmin(axis=1)
+        means = [values[nearest == i].mean() for i in range(3)]
+        assert means == pytest.approx(list(centres), rel=2e-3)
+
+
+# ---- cluster_pairs -----------------------------------------------------------------------------
+
+
+def test_pairs_are_the_medians_of_widths_and_of_heights():
+    # One cluster: widths 10, 12, 20 and heights 10, 10, 40 have the medians 12 and 10.
+    boxes = [[10, 10], [12, 10], [20, 40]]
+    assert cluster_pairs(boxes, 1) == AnchorPairs(((12.0, 10.0),))
+    # Two: flat ones of widths 30, 40, 80 (heights 10), tall ones, twice 10 x 50 and 20 x 50.
+    boxes = [[30, 10], [10, 50], [80, 10], [20, 50], [40, 10], [10, 50]]
+    pairs = cluster_pairs(boxes, 2)
+    assert pairs == AnchorPairs(((40.0, 10.0), (10.0, 50.0)))  # areas 400, 500
+    # IoU: 300/400, 1, 400/800 and 1, 1, 500/1000.
+    assert best_iou(boxes, pairs) == pytest.approx([3 / 4, 1, 1 / 2, 1 / 2, 1, 1])
+
+
+def test_pairs_express_what_sizes_times_ratios_cannot():
+    # Small ones flat, large ones tall: the product of two sizes and two ratios wastes two anchors.
+    boxes = [[20, 10]] * 3 + [[30, 60]] * 2
+    assert cluster_pairs(boxes, 2) == AnchorPairs(((20.0, 10.0), (30.0, 60.0)))
+    assert best_iou(boxes, cluster_pairs(boxes, 2)).tolist() == [1] * 5
+    assert best_iou(boxes, cluster_anchors(boxes, 2, 1)).max() < 1
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2, 9])
+def test_equal_boxes_give_one_pair(num_pairs):
+    assert cluster_pairs([[10, 40]], num_pairs) == AnchorPairs(((10.0, 40.0),))
+    assert cluster_pairs([[10, 40]] * 7, num_pairs) == AnchorPairs(((10.0, 40.0),))
+
+
+def test_fewer_distinct_boxes_than_pairs():
+    boxes = [[20, 40], [10, 10], [40, 20], [10, 10]]
+    pairs = cluster_pairs(boxes, 9).pairs
+    assert pairs == ((10.0, 10.0), (20.0, 40.0), (40.0, 20.0))  # by area, then by width
+
+
+@given(boxes=boxes_wh, num_pairs=st.integers(1, 6))
+def test_pairs_ascend_within_the_boxes(boxes, num_pairs):
+    pairs = cluster_pairs(boxes, num_pairs).wh()
+    assert 1 <= len(pairs) <= min(num_pairs, len(np.unique(boxes, axis=0)))
+    assert (np.diff(pairs.prod(axis=1)) >= 0).all()
+    # A median is one of the values.
+    assert np.isin(pairs[:, 0], boxes[:, 0]).all() and np.isin(pairs[:, 1], boxes[:, 1]).all()
+
+
+@given(boxes=boxes_wh, num=st.integers(1, 4), seed=st.integers(0, 9))
+def test_the_order_of_the_boxes_does_not_matter(boxes, num, seed):
+    shuffled = np.random.default_rng(seed).permutation(boxes)
+    assert cluster_pairs(shuffled, num) == cluster_pairs(boxes, num)
+    assert cluster_anchors(shuffled, num, num) == cluster_anchors(boxes, num, num)
+
+
+def test_the_order_does_not_matter_for_many_boxes():
+    boxes = lognormal_boxes(3 * MAX_DISTINCT)
+    assert cluster_pairs(boxes[::-1], 4) == cluster_pairs(boxes, 4)
+    assert cluster_anchors(boxes[::-1]) == cluster_anchors(boxes)
+
+
+def test_every_box_twice_gives_the_same_pairs():
+    boxes = lognormal_boxes(500)
+    assert cluster_pairs(np.repeat(boxes, 2, axis=0)) == cluster_pairs(boxes)
+
+
+def test_a_single_outlier_does_not_move_the_pair():
+    # The median of three boxes alike and one other, wherever it lies.
+    assert cluster_pairs([[10, 10]] * 3 + [[500, 300]], 1) == AnchorPairs(((10.0, 10.0),))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_on_correlated_boxes_pairs_fit_better_than_sizes_times_ratios(seed):
+    # Small boxes are flat and large ones tall, so most of sizes times ratios meets no box.
+    rng = np.random.default_rng(seed)
+    log_size, noise = rng.normal(3, 0.6, 2000), rng.normal(0, 0.15, (2000, 2))
+    log_ratio = 1.2 * (log_size - 3)
+    boxes = np.exp(np.stack([log_size - log_ratio / 2, log_size + log_ratio / 2], axis=1) + noise)
+    joint = best_iou(boxes, cluster_pairs(boxes, 9)).mean()
+    for space in ("linear", "log"):
+        assert joint > best_iou(boxes, cluster_anchors(boxes, ratio_space=space)).mean() + 0.05
 
 
 # ---- best_iou, anchor_recall -------------------------------------------------------------------
@@ -156,6 +263,15 @@ def test_recall_counts_boxes_at_the_threshold():
     assert [anchor_recall(boxes, square, t) for t in (0, 0.25, 0.5, 0.51, 1)] == [
         1, 3 / 4, 2 / 4, 1 / 4, 1 / 4,
     ]  # fmt: skip
+
+
+def test_pairs_and_their_sizes_and_ratios_fit_alike():
+    # 10 x 10 and 5 x 20 are size 10 with the ratios 1 and 4.
+    boxes, square = [[10, 10], [20, 10], [5, 5], [5, 20]], Anchors((10.0,), (1.0, 4.0))
+    pairs = AnchorPairs(((10.0, 10.0), (5.0, 20.0)))
+    assert square.wh().tolist() == pairs.wh().tolist()
+    assert best_iou(boxes, pairs).tolist() == best_iou(boxes, square).tolist()
+    assert anchor_recall(boxes, pairs, 0.51) == 2 / 4
 
 
 @given(boxes=boxes_wh, scale=st.floats(0.1, 10))
