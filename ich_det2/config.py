@@ -38,13 +38,21 @@ def add_ich_config(cfg: CN) -> None:
     cfg.INPUT.AUG.EXPAND_SCALE = 0.2
 
     # ---- anchors ---------------------------------------------------------------------------
-    # MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS left as [[]] are clustered from the training
-    # boxes by tools/train_net.py before the model is built.
+    # Anchors of ClusteredAnchorGenerator left as [[]] are clustered from the training boxes by
+    # tools/train_net.py before the model is built. For several IN_FEATURES, from fine to coarse,
+    # they are sorted by size and dealt to the levels in order, equally many to each.
     cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS = CN()
+    # "separate" clusters areas and ratios (paper) for SIZES x ASPECT_RATIOS; "joint" clusters
+    # widths and heights by IoU for PAIRS, NUM_SIZES x NUM_RATIOS of them.
+    cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD = "separate"
+    # Over all levels; with several, SIZES (joint: PAIRS) must be a multiple of their number.
     cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_SIZES = 3
     cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_RATIOS = 3
     # "linear" clusters height/width (paper); "log" treats h/w and w/h alike.
     cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.RATIO_SPACE = "linear"
+    # Anchors of METHOD "joint": a list of [width, height] for each level or one for all,
+    # network-input pixels. SIZES and ASPECT_RATIOS are not read then.
+    cfg.MODEL.ANCHOR_GENERATOR.PAIRS = [[]]
 
     # ---- cost-sensitive RPN ----------------------------------------------------------------
     cfg.MODEL.RPN.COST = CN()

@@ -48,6 +48,7 @@ def test_data_defaults_are_the_papers(cfg):
     assert cfg.DATASETS.ICH_CLASSES == ["hemorrhage"]
     clusters = cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS
     assert (clusters.NUM_SIZES, clusters.NUM_RATIOS, clusters.RATIO_SPACE) == (3, 3, "linear")
+    assert clusters.METHOD == "separate"
 
 
 def test_thresholds_are_0_05_to_0_95(cfg):

@@ -23,6 +23,7 @@ from detectron2.utils.events import EventStorage
 
 import ich_det2
 from ich_det2.data import register_ich_voc
+from ich_det2.engine.setup import anchor_settings, clustered_anchors
 
 ROOT = Path(__file__).parents[1]
 C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
@@ -289,6 +290,55 @@ def test_retinanet_takes_clustered_anchors():
     assert losses.keys() == {"loss_cls", "loss_box_reg"}
     assert scalars["num_pos_anchors"] > 0
     assert len(infer(model)[0]) > 0
+
+
+# ---- clustered anchors on several levels -------------------------------------------------------
+
+
+def cluster_into(cfg, boxes_wh, method):
+    """Fills the anchors in as tools/train_net.py does."""
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "ClusteredAnchorGenerator"
+    cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.update(METHOD=method, NUM_SIZES=5, NUM_RATIOS=3)
+    cfg.MODEL.ANCHOR_GENERATOR.update(anchor_settings(cfg, clustered_anchors(cfg, boxes_wh)))
+    return cfg
+
+
+BOXES_WH = np.exp(np.random.default_rng(0).normal(3, 0.6, size=(300, 2)))
+
+
+@pytest.mark.parametrize("method", ["separate", "joint"])
+@pytest.mark.parametrize("path", [FPN, RETINANET])
+def test_clustered_anchors_on_every_level_of_a_pyramid(path, method):
+    cfg = cluster_into(make_cfg(path, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0), BOXES_WH, method)
+    model = make_model(cfg)
+    # RetinaNet holds its generator itself, Faster R-CNN in its RPN.
+    generator = getattr(model, "proposal_generator", model).anchor_generator
+    assert generator.num_anchors == [3] * 5
+    areas = [Boxes(cell).area() for cell in generator.cell_anchors]
+    for finer, coarser in zip(areas, areas[1:]):
+        assert finer.max() < coarser.min()
+    train_step(model)
+    assert len(infer(model)[0]) > 0
+
+
+def test_joint_anchors_are_the_pairs():
+    cfg = cluster_into(make_cfg(C4, *COST_SENSITIVE), BOXES_WH, "joint")
+    (pairs,) = cfg.MODEL.ANCHOR_GENERATOR.PAIRS
+    model = make_model(cfg)
+    (cells,) = model.proposal_generator.anchor_generator.cell_anchors
+    expected = [[-w / 2, -h / 2, w / 2, h / 2] for w, h in pairs]
+    assert len(pairs) == 15 and torch.allclose(cells, torch.tensor(expected), atol=1e-4)
+    assert model.proposal_generator.rpn_head.objectness_logits.out_channels == 15
+    losses, _ = train_step(model)
+    assert losses["loss_rpn_cls"] > 0 and len(infer(model)[0]) > 0
+
+
+def test_levels_of_unequal_numbers_of_pairs_are_refused():
+    cfg = make_cfg(FPN, "MODEL.ANCHOR_GENERATOR.NAME", "ClusteredAnchorGenerator")
+    cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD = "joint"
+    cfg.MODEL.ANCHOR_GENERATOR.PAIRS = [[[4.0, 8.0]], *[[[9.0, 5.0], [9.0, 9.0]]] * 4]
+    with pytest.raises(AssertionError, match="same number of anchors"):
+        make_model(cfg)
 
 
 # ---- stock models stay stock -------------------------------------------------------------------

@@ -14,11 +14,17 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from ..anchors.clustering import anchor_recall, cluster_anchors
+from ..anchors.clustering import (
+    AnchorPairs,
+    Anchors,
+    anchor_recall,
+    cluster_anchors,
+    cluster_pairs,
+)
 from ..config import add_ich_config
 from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
-from ..modeling.anchor_generator import anchors_given
+from ..modeling.anchor_generator import anchor_keys, anchors_given
 from ..modeling.backbone.timm_backbone import pretrained_state_dict
 from .checkpoint import TIMM_PREFIX, IchCheckpointer
 
@@ -134,41 +140,91 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
 
 
 def needs_anchors(cfg: CfgNode) -> bool:
-    """Whether the config's anchor generator waits for clustered anchors."""
-    return cfg.MODEL.ANCHOR_GENERATOR.NAME == "ClusteredAnchorGenerator" and not (
-        anchors_given(cfg.MODEL.ANCHOR_GENERATOR.SIZES)
-        and anchors_given(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)
+    """Whether the config's anchor generator waits for clustered anchors.
+
+    Raises:
+        ValueError: if the method of clustering does not exist.
+    """
+    generator = cfg.MODEL.ANCHOR_GENERATOR
+    return generator.NAME == "ClusteredAnchorGenerator" and not all(
+        anchors_given(generator[key]) for key in anchor_keys(generator.CLUSTERS.METHOD)
     )
 
 
 def fill_anchors(cfg: CfgNode) -> None:
-    """Clusters the training boxes and writes sizes and ratios into the config, if it has none.
+    """Clusters the training boxes and writes the anchors into the config, if it has none.
 
     Raises:
-        ValueError: if there is not a single training box.
+        ValueError: if there is not a single training box, or the anchors cannot be dealt to the
+            levels of the model.
     """
     if not needs_anchors(cfg):
         return
     boxes_wh = training_boxes_wh(cfg)
-    clusters = cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS
-    anchors = cluster_anchors(
-        boxes_wh,
-        clusters.NUM_SIZES,
-        clusters.NUM_RATIOS,
-        ratio_space=clusters.RATIO_SPACE,
-    )
-    # Rounded, so that the dumped config.yaml holds exactly what the model was built with.
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[round(size, 2) for size in anchors.sizes]]
-    cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[round(r, 3) for r in anchors.aspect_ratios]]
+    anchors = clustered_anchors(cfg, boxes_wh)
+    settings = anchor_settings(cfg, anchors)
+    cfg.MODEL.ANCHOR_GENERATOR.update(settings)
     logger.info(
-        "Anchors clustered from %d training boxes: sizes %s px, ratios %s; best possible recall"
-        " %.3f at IoU 0.5, %.3f at 0.7.",
+        "Anchors clustered from %d training boxes: %s; best possible recall %.3f at IoU 0.5,"
+        " %.3f at 0.7.",
         len(boxes_wh),
-        cfg.MODEL.ANCHOR_GENERATOR.SIZES[0],
-        cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS[0],
+        ", ".join(f"{key} {values}" for key, values in settings.items()),
         anchor_recall(boxes_wh, anchors, 0.5),
         anchor_recall(boxes_wh, anchors, 0.7),
     )
+
+
+def clustered_anchors(cfg: CfgNode, boxes_wh: np.ndarray) -> Anchors | AnchorPairs:
+    """Clusters boxes as ``MODEL.ANCHOR_GENERATOR.CLUSTERS`` says.
+
+    Args:
+        boxes_wh: (M, 2), network-input pixels.
+
+    Raises:
+        ValueError: if a setting does not fit.
+    """
+    clusters = cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS
+    if "PAIRS" in anchor_keys(clusters.METHOD):
+        return cluster_pairs(boxes_wh, clusters.NUM_SIZES * clusters.NUM_RATIOS)
+    return cluster_anchors(
+        boxes_wh, clusters.NUM_SIZES, clusters.NUM_RATIOS, ratio_space=clusters.RATIO_SPACE
+    )
+
+
+def anchor_settings(cfg: CfgNode, anchors: Anchors | AnchorPairs) -> dict[str, list]:
+    """Anchors as the values of their keys under ``MODEL.ANCHOR_GENERATOR``.
+
+    They are rounded, so that the dumped config.yaml holds exactly what the model is built with.
+    The levels of the model, taken to go from fine to coarse, get the sizes or pairs from small to
+    large, equally many each; aspect ratios are shared.
+
+    Raises:
+        ValueError: if their number is no multiple of the number of levels.
+    """
+    if isinstance(anchors, AnchorPairs):
+        key, values = "PAIRS", [[round(w, 2), round(h, 2)] for w, h in anchors.pairs]
+    else:
+        key, values = "SIZES", [round(size, 2) for size in anchors.sizes]
+    levels = anchor_levels(cfg)
+    per_level, rest = divmod(len(values), len(levels))
+    if rest:
+        raise ValueError(
+            f"clustering gave {len(values)} {key} for MODEL.ANCHOR_GENERATOR, expected a multiple"
+            f" of the model's {len(levels)} levels {list(levels)}; set"
+            " MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_SIZES to such a multiple (fewer distinct boxes"
+            f" give fewer), or give {key} by hand."
+        )
+    dealt = [values[i : i + per_level] for i in range(0, len(values), per_level)]
+    if key == "PAIRS":
+        return {key: dealt}
+    return {key: dealt, "ASPECT_RATIOS": [[round(ratio, 3) for ratio in anchors.aspect_ratios]]}
+
+
+def anchor_levels(cfg: CfgNode) -> Sequence[str]:
+    """Names of the feature maps that get anchors."""
+    model = cfg.MODEL
+    head = model.RETINANET if model.META_ARCHITECTURE == "RetinaNet" else model.RPN
+    return head.IN_FEATURES
 
 
 def training_boxes_wh(cfg: CfgNode) -> np.ndarray:
@@ -212,16 +268,14 @@ def take_trained_anchors(cfg: CfgNode) -> None:
         if path.is_file():
             trained = load_config(path)
             if not needs_anchors(trained):
-                cfg.MODEL.ANCHOR_GENERATOR.SIZES = trained.MODEL.ANCHOR_GENERATOR.SIZES
-                cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = (
-                    trained.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS
-                )
+                for key in ("CLUSTERS", "SIZES", "ASPECT_RATIOS", "PAIRS"):
+                    cfg.MODEL.ANCHOR_GENERATOR[key] = trained.MODEL.ANCHOR_GENERATOR[key]
                 logger.info("Anchors taken from %s.", path)
                 return
     raise ValueError(
-        f"the config leaves MODEL.ANCHOR_GENERATOR.SIZES open, and there is no config.yaml with the"
-        f" trained anchors beside MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' or in '{cfg.OUTPUT_DIR}'; use"
-        " --config-file with the config.yaml of the training run."
+        "the config leaves the anchors of MODEL.ANCHOR_GENERATOR open, and there is no config.yaml"
+        f" with the trained anchors beside MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' or in"
+        f" '{cfg.OUTPUT_DIR}'; use --config-file with the config.yaml of the training run."
     )
 
 

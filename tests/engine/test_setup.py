@@ -4,7 +4,10 @@ import pytest
 from detectron2.config import get_cfg
 
 from ich_det2 import add_ich_config
+from ich_det2.anchors import AnchorPairs, Anchors
 from ich_det2.engine.setup import (
+    anchor_levels,
+    anchor_settings,
     check_config,
     check_weights,
     fill_anchors,
@@ -18,6 +21,7 @@ OPEN_ANCHORS = (
     *("MODEL.ANCHOR_GENERATOR.SIZES", "[[]]"),
     *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[]]"),
 )
+JOINT = ("MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD", "joint")
 
 
 @pytest.fixture
@@ -44,6 +48,60 @@ def test_a_good_config_passes_and_gets_its_anchors(cfg_on, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_joint_clusters_are_filled_in_as_pairs(cfg_on):
+    cfg = cfg_on(*JOINT)
+    check(cfg)  # builds the model too
+    # 20 x 16 times 64/48, as above, but not turned into a size and a ratio; two equal boxes.
+    (((width, height),),) = cfg.MODEL.ANCHOR_GENERATOR.PAIRS
+    assert (width, height) == (pytest.approx(26.67, abs=0.01), pytest.approx(21.33, abs=0.01))
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[12.0, 24.0]]  # not read, not touched
+
+
+def test_pairs_in_the_config_are_kept(cfg_on):
+    cfg = cfg_on(*JOINT, "MODEL.ANCHOR_GENERATOR.PAIRS", "[[[10.0, 20.0]]]")
+    check(cfg)
+    assert cfg.MODEL.ANCHOR_GENERATOR.PAIRS == [[[10.0, 20.0]]]
+
+
+LEVELS = ("MODEL.RPN.IN_FEATURES", "['p2', 'p3', 'p4']")
+
+
+def test_sizes_are_dealt_to_the_levels_from_small_to_large(tiny_cfg):
+    sizes = Anchors((8.001, 12.0, 16.126, 24.0, 32.0, 48.0), (0.5, 1.23456))
+    assert anchor_settings(tiny_cfg(*LEVELS), sizes) == {
+        "SIZES": [[8.0, 12.0], [16.13, 24.0], [32.0, 48.0]],
+        "ASPECT_RATIOS": [[0.5, 1.235]],
+    }
+    assert anchor_settings(tiny_cfg(), sizes)["SIZES"] == [[8.0, 12.0, 16.13, 24.0, 32.0, 48.0]]
+
+
+def test_pairs_are_dealt_to_the_levels_from_small_to_large(tiny_cfg):
+    pairs = AnchorPairs(((4.0, 8.0), (9.0, 5.126), (20.0, 20.0)))
+    dealt = [[[4.0, 8.0]], [[9.0, 5.13]], [[20.0, 20.0]]]
+    assert anchor_settings(tiny_cfg(*LEVELS), pairs) == {"PAIRS": dealt}
+    assert anchor_settings(tiny_cfg(), pairs) == {"PAIRS": [[pair for (pair,) in dealt]]}
+
+
+@pytest.mark.parametrize(
+    ("anchors", "message"),
+    [
+        (Anchors((8.0, 16.0), (1.0,)), "gave 2 SIZES"),
+        (Anchors((8.0, 16.0, 24.0, 32.0), (0.5, 1.0, 2.0)), "gave 4 SIZES"),
+        (AnchorPairs(((4.0, 8.0), (9.0, 5.0))), "gave 2 PAIRS"),
+    ],
+)
+def test_what_cannot_be_dealt_equally_is_an_error_with_the_remedy(tiny_cfg, anchors, message):
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        anchor_settings(tiny_cfg(*LEVELS), anchors)
+    for text in (message, "3 levels ['p2', 'p3', 'p4']", "CLUSTERS.NUM_SIZES"):
+        assert text in str(error.value)
+
+
+def test_the_levels_are_those_of_the_models_head(tiny_cfg):
+    assert anchor_levels(tiny_cfg()) == ["stride16"]
+    assert len(anchor_levels(tiny_cfg("MODEL.META_ARCHITECTURE", "RetinaNet"))) == 5
+
+
 def test_anchors_in_the_config_are_kept(cfg_on):
     cfg = cfg_on()
     check(cfg)
@@ -66,6 +124,7 @@ def test_boxes_are_those_of_the_networks_input(cfg_on):
         (("MODEL.RPN.COST.ALPHA", "0.0"), "ALPHA must be"),
         (("MODEL.RPN.COST.NORMALIZER", "mean"), "NORMALIZER is 'mean'"),
         (("MODEL.RPN.PRIOR_PROB", "1.0"), "PRIOR_PROB must be"),
+        (("MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD", "jiont"), "METHOD is 'jiont'"),
         (("MODEL.RPN.HEAD_NAME", "NoHead"), "NoHead"),
         (("MODEL.PROPOSAL_GENERATOR.NAME", "NoRPN"), "NoRPN"),
         (("MODEL.TIMM.NAME", "efficientnet_lite9"), "efficientnet_lite9"),
@@ -113,6 +172,17 @@ def test_evaluation_takes_the_anchors_of_the_training_not_of_its_own_data(cfg_on
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[12.0, 24.0]]
 
 
+def test_evaluation_takes_pairs_of_the_training_too(cfg_on, tmp_path):
+    trained = cfg_on(*JOINT, "MODEL.ANCHOR_GENERATOR.PAIRS", "[[[10.0, 20.0]]]")
+    (tmp_path / "config.yaml").write_text(trained.dump())
+    # The method comes along, whichever the config asks for.
+    for opts in (OPEN_ANCHORS, JOINT):
+        cfg = cfg_on(*opts, "MODEL.WEIGHTS", str(tmp_path / "model_best.pth"))
+        take_trained_anchors(cfg)
+        assert cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD == "joint"
+        assert cfg.MODEL.ANCHOR_GENERATOR.PAIRS == [[[10.0, 20.0]]]
+
+
 def test_patients_in_two_splits_are_warned_of(cfg_on, caplog):
     cfg = cfg_on()
     csv = f"{cfg.DATASETS.ICH_ROOT}/patients.csv"
@@ -151,8 +221,9 @@ def test_a_config_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_dumped_config_builds_the_same_anchors(cfg_on, tmp_path):
-    cfg = cfg_on(*OPEN_ANCHORS)
+@pytest.mark.parametrize("opts", [OPEN_ANCHORS, JOINT])
+def test_the_dumped_config_builds_the_same_anchors(cfg_on, tmp_path, opts):
+    cfg = cfg_on(*opts)
     check(cfg)
     file = tmp_path / "config.yaml"
     file.write_text(cfg.dump())

@@ -1,11 +1,15 @@
-"""ClusteredAnchorGenerator: stock anchors for given numbers, an error without."""
+"""ClusteredAnchorGenerator: stock anchors for sizes and ratios, any for pairs, or an error."""
 
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator, build_anchor_generator
 
-from ich_det2.modeling.anchor_generator import ClusteredAnchorGenerator, anchors_given
+from ich_det2.modeling.anchor_generator import (
+    ClusteredAnchorGenerator,
+    anchor_keys,
+    anchors_given,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,47 @@ def test_hand_worked_anchor():
     assert anchors.tensor.tolist() == [[3, -12, 13, 28]]
 
 
+def test_hand_worked_pairs():
+    # 10 x 40 and 6 x 4 around (8, 8), in this order.
+    pairs = [[[10, 40], [6.0, 4.0]]]
+    generator = ClusteredAnchorGenerator(pairs=pairs, strides=[16])
+    (anchors,) = generator([torch.zeros(1, 1, 1, 1)])
+    assert anchors.tensor.tolist() == [[3, -12, 13, 28], [5, 6, 11, 10]]
+    assert generator.num_anchors == [2]
+
+
+def test_pairs_of_one_size_and_ratio_each_are_stock():
+    sizes, ratios = [[11.5], [40.25]], [[0.6]]
+    pairs = [[[size / 0.6**0.5, size * 0.6**0.5]] for (size,) in sizes]
+    kwargs = {"strides": [8, 16], "offset": 0.25}
+    ours = ClusteredAnchorGenerator(pairs=pairs, **kwargs)
+    stock = DefaultAnchorGenerator(sizes=sizes, aspect_ratios=ratios, **kwargs)
+    features = [torch.zeros(1, 2, 8, 6), torch.zeros(1, 2, 4, 3)]
+    for one, other in zip(ours(features), stock(features)):
+        assert torch.allclose(one.tensor, other.tensor, atol=1e-5)
+
+
+def test_one_list_of_pairs_is_for_all_levels():
+    generator = ClusteredAnchorGenerator(pairs=[[[4, 8], [6, 6]]], strides=[8, 16])
+    assert generator.num_anchors == [2, 2]
+    assert torch.equal(*generator.cell_anchors)
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [[[4, 8], [6, 6]], [[[4, 8, 2]]], [[[4, 0]]], [[[4, -8]]], [[["4", "8"]]], ["ab"]],
+)
+def test_what_is_no_pair_is_an_error(pairs):
+    with pytest.raises(ValueError, match=r"PAIRS is .*, expected for each level a list of \[width"):
+        ClusteredAnchorGenerator(pairs=pairs, strides=[8, 16])
+
+
+@pytest.mark.parametrize("empty", [[[]], [], [[[4, 8]], []]])
+def test_open_pairs_are_an_error_with_the_remedy(empty):
+    with pytest.raises(ValueError, match=r"ANCHOR_GENERATOR.PAIRS is .*tools/cluster_anchors.py"):
+        ClusteredAnchorGenerator(pairs=empty, strides=[8, 16])
+
+
 @pytest.mark.parametrize("empty", [[[]], [], [[16.0], []]])
 @pytest.mark.parametrize("key", ["sizes", "aspect_ratios"])
 def test_open_anchors_are_an_error_with_the_remedy(key, empty):
@@ -58,3 +103,21 @@ def test_builds_from_the_config(tiny_cfg):
     with pytest.raises(ValueError, match="SIZES"):
         cfg = tiny_cfg("MODEL.ANCHOR_GENERATOR.SIZES", "[[]]")
         build_anchor_generator(cfg, [ShapeSpec(channels=4, stride=16)])
+
+
+def test_the_method_says_which_keys_are_read(tiny_cfg):
+    opts = ("MODEL.ANCHOR_GENERATOR.PAIRS", "[[[10.5, 40.0], [6.0, 4.0]]]")
+    shape = [ShapeSpec(channels=4, stride=16)]
+    assert build_anchor_generator(tiny_cfg(*opts), shape).num_anchors == [6]
+    joint = ("MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD", "joint")
+    generator = build_anchor_generator(tiny_cfg(*opts, *joint), shape)
+    (cell_anchors,) = generator.cell_anchors
+    assert cell_anchors.tolist() == [[-5.25, -20, 5.25, 20], [-3, -2, 3, 2]]
+    with pytest.raises(ValueError, match="PAIRS"):
+        build_anchor_generator(tiny_cfg(*joint), shape)
+
+
+def test_a_method_that_does_not_exist_is_an_error():
+    assert anchor_keys("joint") == ("PAIRS",)
+    with pytest.raises(ValueError, match="METHOD is 'jiont', expected one of"):
+        anchor_keys("jiont")
