@@ -1,4 +1,4 @@
-"""Curves of the diagnosis, written to PNG files."""
+"""Curves of the diagnosis, and how anchors fit boxes, written to PNG files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..anchors.clustering import AnchorPairs, Anchors, best_iou
 from ..files import write_atomically
 from .diagnosis import METRICS, confusion_at_thresholds, roc_auc_score
 
@@ -79,9 +80,48 @@ def plot_history(history: Sequence[dict], path: str | Path) -> None:
     _save(figure, path)
 
 
-def _figure(columns: int):
+def plot_anchors(
+    boxes_wh: np.ndarray, candidates: dict[str, Anchors | AnchorPairs], path: str | Path
+) -> None:
+    """Boxes with each set of anchors, width against height, and recall over IoU of all sets.
+
+    Args:
+        boxes_wh: (M, 2), network-input pixels; at most 5000 of them are drawn, all are counted.
+        candidates: name -> anchors.
+        path: PNG file.
+    """
+    figure, axes = _figure(len(candidates) + 1, width=4.0)
+    shown = boxes_wh[:: -(-len(boxes_wh) // 5000)]
+    low, high = shown.min() / 1.5, shown.max() * 1.5
+    ticks = [t for t in np.outer(10.0 ** np.arange(-2, 5), (1, 2, 5)).ravel() if low < t < high]
+    for i, (ax, (name, anchors)) in enumerate(zip(axes, candidates.items())):
+        ax.plot(*shown.T, ".", color="grey", alpha=0.5, markersize=4, label="boxes")
+        wh = anchors.wh()
+        inside = ((wh > low) & (wh < high)).all(axis=1).sum()
+        label = "anchors" if inside == len(wh) else f"anchors, {inside} of {len(wh)} in view"
+        ax.plot(*wh.T, "o", color=f"C{i}", markersize=6, label=label)
+        ax.set(xscale="log", yscale="log", aspect="equal", title=name)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+            axis.set_ticks([], minor=True)
+        ax.set(xlim=(low, high), ylim=(low, high))
+        ax.set(xlabel="width, network-input pixels", ylabel="height, network-input pixels")
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small", loc="upper left")
+        # Best possible recall at a box's best IoU: the share of boxes that do no worse.
+        iou = np.sort(best_iou(boxes_wh, anchors))
+        recall = 1 - np.arange(len(iou)) / len(iou)
+        axes[-1].step(np.r_[0, iou, 1], np.r_[1, recall, 0], where="pre", label=name)
+    axes[-1].set(xlabel="IoU with the best anchor, at least", ylabel="share of boxes (recall)")
+    axes[-1].set(xlim=(0, 1), ylim=(0, 1.02), title="best possible recall")
+    axes[-1].grid(alpha=0.3)
+    axes[-1].legend(fontsize="small", loc="lower left")
+    _save(figure, path)
+
+
+def _figure(columns: int, width: float = 6.0):
     # Without pyplot: no global state, no display.
-    figure = Figure(figsize=(6.0 * columns, 4.5), layout="constrained")
+    figure = Figure(figsize=(width * columns, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
