@@ -4,10 +4,11 @@
     python tools/cluster_anchors.py --config-file configs/csfrcnn_r50.yaml \\
         --output anchors.yaml --plot anchors.png DATASETS.ICH_ROOT my/data
 
-The table shows every method; the fragment, which goes into a config, is of the config's method or
---method. Sizes are those at the network's input, so the config's INPUT.MIN_SIZE_TRAIN matters. With
-several levels (FPN), give --num-sizes as a multiple of their number. tools/train_net.py does all
-this by itself when anchors are open.
+The tables show every method, on the training boxes and on the validation boxes, which were not
+clustered: with few patients, anchors that fit the former need not fit the latter. The fragment,
+which goes into a config, is of the config's method or --method. Sizes are those at the network's
+input, so the config's INPUT.MIN_SIZE_TRAIN matters. With several levels (FPN), give --num-sizes as
+a multiple of their number. tools/train_net.py does the clustering by itself when anchors are open.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from ich_det2.data import register_ich_datasets
 from ich_det2.engine.setup import (
     anchor_levels,
     anchor_settings,
+    boxes_wh_of,
     clustered_anchors,
     load_config,
     training_boxes_wh,
@@ -88,6 +90,18 @@ def compare(
     return tabulate(rows, headers, floatfmt=".3f", tablefmt="github")
 
 
+def compare_on_validation(cfg, candidates: dict[str, Anchors | AnchorPairs]) -> str:
+    """The table on DATASETS.VAL, or why there is none."""
+    try:
+        boxes_wh = boxes_wh_of(cfg, cfg.DATASETS.VAL)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        return f"No comparison on DATASETS.VAL {list(cfg.DATASETS.VAL)}: {error}"
+    if len(boxes_wh) == 0:
+        return f"No comparison on DATASETS.VAL {list(cfg.DATASETS.VAL)}: it has no box."
+    table = compare(boxes_wh, candidates, len(anchor_levels(cfg)))
+    return f"{len(boxes_wh)} validation boxes, which were not clustered:\n{table}"
+
+
 def main(argv=None) -> int:
     args = parse_args(argv)
     try:
@@ -112,6 +126,7 @@ def main(argv=None) -> int:
     candidates[STOCK] = Anchors(default.SIZES[0], default.ASPECT_RATIOS[0])
     print(f"{len(boxes_wh)} training boxes; best possible recall (BPR):")
     print(compare(boxes_wh, candidates, len(anchor_levels(cfg))))
+    print(f"\n{compare_on_validation(cfg, candidates)}")
     generator = {
         "NAME": "ClusteredAnchorGenerator",
         "CLUSTERS": {"METHOD": clusters.METHOD},

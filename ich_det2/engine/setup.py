@@ -228,18 +228,33 @@ def anchor_levels(cfg: CfgNode) -> Sequence[str]:
 
 
 def training_boxes_wh(cfg: CfgNode) -> np.ndarray:
-    """Widths and heights of the training boxes at the network's input.
+    """Widths and heights of the training boxes at the network's input: of DATASETS.TRAIN.
 
     Returns:
-        (M, 2), network-input pixels, after the resize to the middle of ``INPUT.MIN_SIZE_TRAIN``.
+        (M, 2), as of :func:`boxes_wh_of`.
 
     Raises:
         ValueError: if there is not a single training box.
     """
+    boxes_wh = boxes_wh_of(cfg, cfg.DATASETS.TRAIN)
+    if len(boxes_wh) == 0:
+        raise ValueError(
+            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} has no box, so there is nothing to learn"
+            " from and no anchor to cluster; check Annotations/ and ImageSets/."
+        )
+    return boxes_wh
+
+
+def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
+    """Widths and heights of the boxes of datasets at the network's input in training.
+
+    Returns:
+        (M, 2), network-input pixels, after the resize to the middle of ``INPUT.MIN_SIZE_TRAIN``.
+    """
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     short_edge = sizes if isinstance(sizes, int) else int(round(np.median(sizes)))
     boxes = []
-    for name in cfg.DATASETS.TRAIN:
+    for name in datasets:
         for d in DatasetCatalog.get(name):
             height, _ = ResizeShortestEdge.get_output_shape(
                 d["height"], d["width"], short_edge, cfg.INPUT.MAX_SIZE_TRAIN
@@ -247,12 +262,7 @@ def training_boxes_wh(cfg: CfgNode) -> np.ndarray:
             scale = height / d["height"]
             for x0, y0, x1, y1 in (a["bbox"] for a in d["annotations"]):
                 boxes.append(((x1 - x0) * scale, (y1 - y0) * scale))
-    if not boxes:
-        raise ValueError(
-            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} has no box, so there is nothing to learn"
-            " from and no anchor to cluster; check Annotations/ and ImageSets/."
-        )
-    return np.array(boxes)
+    return np.array(boxes).reshape(-1, 2)
 
 
 def take_trained_anchors(cfg: CfgNode) -> None:

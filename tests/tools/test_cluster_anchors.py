@@ -68,6 +68,21 @@ def test_the_fragment_is_a_config_with_the_anchors_of_the_boxes(tool, tree, tmp_
     assert rows[tool.STOCK] == [15, 0, 0, pytest.approx(0.156, abs=0.001)]
 
 
+def test_validation_boxes_judge_what_training_boxes_gave(tool, tree, voc_tree, capsys):
+    assert tool.main(arguments(tree)) == 0
+    assert "No comparison on DATASETS.VAL ['ich_val']" in capsys.readouterr().out
+    voc_tree({"c": []}, split="val")
+    assert tool.main(arguments(tree)) == 0
+    assert "it has no box" in capsys.readouterr().out
+    # 8 x 16, which 8 x 8 and 16 x 16 both meet with IoU 1/2, and 16 x 16 itself.
+    voc_tree({"c": [("SDH", (1, 1, 8, 16))], "d": [("SDH", (9, 9, 24, 24))]}, split="val")
+    assert tool.main(arguments(tree)) == 0
+    training, validation = capsys.readouterr().out.split("2 validation boxes")
+    assert table(training)["joint IoU"] == [2, 1, 1, 1]
+    assert table(validation)["joint IoU"] == [2, 1, 0.5, 0.75]
+    assert list(table(validation)) == [*tool.METHODS, tool.STOCK]
+
+
 @pytest.mark.parametrize("by", ["option", "config"])
 def test_the_joint_fragment_holds_pairs(tool, tree, tmp_path, by):
     out = tmp_path / "anchors.yaml"
