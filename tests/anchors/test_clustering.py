@@ -44,6 +44,12 @@ def test_sizes_are_roots_of_mean_areas_and_ratios_are_mean_h_over_w():
     assert ratios == pytest.approx((0.5, 2))
 
 
+def test_equal_boxes_count_as_often_as_they_are_there():
+    # Areas 100, 100, 100, 900: mean 300. Ratios 1, 1, 1, 9: mean 3.
+    sizes, ratios = cluster_anchors([[10, 10]] * 3 + [[10, 90]], 1, 1)
+    assert sizes == pytest.approx((300**0.5,)) and ratios == pytest.approx((3,))
+
+
 def test_linear_and_log_centres_by_hand():
     # Ratios 1 and 4 in one cluster: mean 2.5; geometric mean 2.
     boxes = [[10, 10], [5, 20]]
@@ -169,9 +175,10 @@ def test_many_distinct_boxes_keep_the_centres_of_all():
 
 
 def test_pairs_are_the_medians_of_widths_and_of_heights():
-    # One cluster: widths 10, 12, 20 and heights 10, 10, 40 have the medians 12 and 10.
-    boxes = [[10, 10], [12, 10], [20, 40]]
-    assert cluster_pairs(boxes, 1) == AnchorPairs(((12.0, 10.0),))
+    # One cluster: widths 10, 10, 12, 20, 20 and heights 12, 15, 15, 15, 20 have the medians 12 and
+    # 15, which no box has. (Without the weight of the box that is there twice: 10 and 15.)
+    boxes = [[10, 15], [10, 12], [20, 15], [20, 15], [12, 20]]
+    assert cluster_pairs(boxes, 1) == AnchorPairs(((12.0, 15.0),))
     # Two: flat ones of widths 30, 40, 80 (heights 10), tall ones, twice 10 x 50 and 20 x 50.
     boxes = [[30, 10], [10, 50], [80, 10], [20, 50], [40, 10], [10, 50]]
     pairs = cluster_pairs(boxes, 2)
@@ -186,6 +193,17 @@ def test_pairs_express_what_sizes_times_ratios_cannot():
     assert cluster_pairs(boxes, 2) == AnchorPairs(((20.0, 10.0), (30.0, 60.0)))
     assert best_iou(boxes, cluster_pairs(boxes, 2)).tolist() == [1] * 5
     assert best_iou(boxes, cluster_anchors(boxes, 2, 1)).max() < 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kinds_that_lie_apart_get_a_pair_each(seed):
+    # Most single starts put two pairs into one kind and miss another.
+    sides = (10, 40, 160)
+    kinds = np.array([(w, h) for w in sides for h in sides])
+    boxes = np.repeat(kinds, 20, axis=0) * np.random.default_rng(seed).uniform(0.8, 1.25, (180, 2))
+    pairs = cluster_pairs(boxes, 9, seed=seed).wh()
+    nearest = np.abs(np.log(kinds[:, None] / pairs)).max(axis=2).min(axis=1)
+    assert (nearest < np.log(1.25)).all()
 
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 9])

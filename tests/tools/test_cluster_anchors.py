@@ -83,6 +83,17 @@ def test_validation_boxes_judge_what_training_boxes_gave(tool, tree, voc_tree, c
     assert list(table(validation)) == [*tool.METHODS, tool.STOCK]
 
 
+def test_each_row_is_of_its_method(tool, voc_tree, capsys):
+    # 16 x 8, 8 x 32 and 12 x 12, two sizes and two ratios: four pairs hold all three boxes.
+    boxes = [("SDH", (1, 1, 16, 8)), ("SDH", (1, 1, 8, 32)), ("SDH", (1, 1, 12, 12))]
+    tree = voc_tree({"a": boxes})
+    assert tool.main(arguments(tree, "--num-sizes", "2", "--num-ratios", "2")) == 0
+    linear, log, joint, _ = table(capsys.readouterr().out).values()
+    assert joint == [3, 1, 1, 1]
+    # Ratios 1/2, 1 | 4, centres 0.75, 4; in log space 0.71, 4.
+    assert linear[0] == log[0] == 4 and linear != log and max(linear[3], log[3]) < 1
+
+
 @pytest.mark.parametrize("by", ["option", "config"])
 def test_the_joint_fragment_holds_pairs(tool, tree, tmp_path, by):
     out = tmp_path / "anchors.yaml"
