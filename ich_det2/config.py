@@ -70,7 +70,7 @@ def add_ich_config(cfg: CN) -> None:
     # negatives, so that the ratio holds), "repeat" (positives weigh more, so that it holds).
     cfg.MODEL.RPN.SAMPLER.SHORTFALL = "fill"
     # IoU of the NMS that screens candidate anchors before sampling, by objectness and within
-    # positives and negatives apart. 0: off.
+    # positives and negatives apart, of each the 2 * BATCH_SIZE_PER_IMAGE highest scored. 0: off.
     cfg.MODEL.RPN.SAMPLER.NMS_THRESH = 0.0
     # Initial objectness of every anchor, set by the bias of CostSensitiveRPNHead. 0: off (0.5).
     cfg.MODEL.RPN.PRIOR_PROB = 0.0

@@ -136,7 +136,7 @@ class CostSensitiveRPN(RPN):
                     image_logits,
                     anchors.tensor,
                     self.screen_nms_thresh,
-                    self.pre_nms_topk[self.training],
+                    topk=2 * self.batch_size_per_image,
                 )
             samples.append(self.anchor_sampler.sample(labels, ratio))
         probs = logits.float().sigmoid()

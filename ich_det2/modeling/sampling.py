@@ -100,20 +100,22 @@ def screen_by_nms(
     logits: torch.Tensor,
     boxes: torch.Tensor,
     nms_thresh: float,
-    pre_nms_topk: int,
+    *,
+    topk: int,
 ) -> torch.Tensor:
     """Ignores candidates that overlap a higher scored candidate of the same label.
 
     Positives and negatives are screened apart, so that no negative removes a positive. As for
-    Detectron2's proposals, only the ``pre_nms_topk`` highest scored go into the NMS, whose time
-    grows with their square; the others are ignored too.
+    Detectron2's proposals, only the highest scored of each label go into the NMS, whose time
+    grows with their square; the others are ignored too. So beside near copies it leaves out
+    negatives that are easy.
 
     Args:
         labels: sized (A,).
         logits: predicted objectness, sized (A,).
         boxes: the anchors, XYXY, sized (A, 4).
         nms_thresh: IoU above which the lower scored candidate is ignored.
-        pre_nms_topk: candidates of each label that are screened, > 0.
+        topk: candidates of each label that are screened, > 0.
 
     Returns:
         New labels sized (A,), some of them turned to -1.
@@ -123,8 +125,8 @@ def screen_by_nms(
     # small where boxes reach below 0, as anchors at the border do.
     for value in (0, 1):
         candidates = (labels == value).nonzero().squeeze(1)
-        if len(candidates) > pre_nms_topk:
-            candidates = candidates[logits[candidates].topk(pre_nms_topk).indices]
+        if len(candidates) > topk:
+            candidates = candidates[logits[candidates].topk(topk).indices]
         keep = nms(boxes[candidates].float(), logits[candidates].float(), nms_thresh)
         screened[candidates[keep]] = value
     return screened

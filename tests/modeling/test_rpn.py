@@ -79,8 +79,16 @@ def assert_same(ours, stock):
         assert torch.equal(one.objectness_logits, other.objectness_logits)
 
 
-@pytest.mark.parametrize("screen", [0.0, 1.0])  # IoU is never above 1: screens nothing
-@pytest.mark.parametrize("batch_size", [8, 256])  # positives or negatives run short, or neither
+@pytest.mark.parametrize(
+    ("batch_size", "screen"),
+    [
+        # Positives or negatives run short, or neither.
+        (8, 0.0),
+        (256, 0.0),
+        # IoU is never above 1, and all anchors are among the 2 * 256 screened: as without.
+        (256, 1.0),
+    ],
+)
 @pytest.mark.parametrize("levels", [["p4"], ["p3", "p4"]], ids=["one_level", "fpn"])
 def test_switched_off_equals_stock_bit_for_bit(levels, batch_size, screen):
     stock = run(make_rpn(RPN, StandardRPNHead, levels, batch_size), levels, seed=5)
@@ -259,7 +267,7 @@ def test_batch_without_positives_stores_no_score():
 
 
 def test_screening_is_called_only_when_on(monkeypatch):
-    def refuse(*args):
+    def refuse(*args, **kwargs):
         raise RuntimeError("screened")
 
     monkeypatch.setattr("ich_det2.modeling.rpn.screen_by_nms", refuse)

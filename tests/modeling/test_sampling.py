@@ -330,7 +330,7 @@ def test_unknown_sampler_names_the_known(tiny_cfg):
 def screen(labels, logits, boxes, thresh, topk=100):
     labels = torch.tensor(labels, dtype=torch.int8)
     before = labels.clone()
-    out = screen_by_nms(labels, torch.tensor(logits), torch.tensor(boxes), thresh, topk)
+    out = screen_by_nms(labels, torch.tensor(logits), torch.tensor(boxes), thresh, topk=topk)
     assert torch.equal(labels, before) and out.dtype == labels.dtype
     return out.tolist()
 
@@ -383,9 +383,9 @@ def test_screening_equals_nms_of_each_label_alone(seed, thresh):
     boxes = torch.cat([corners, corners + 5 + 20 * torch.rand((30, 2), generator=generator)], 1)
     labels = torch.randint(-1, 2, (30,), generator=generator)
     logits = torch.randn(30, generator=generator)
-    out = screen_by_nms(labels, logits, boxes, thresh, 30)
+    out = screen_by_nms(labels, logits, boxes, thresh, topk=30)
     for value in (0, 1):
         alone = torch.where(labels == value, labels, -1)
-        screened = screen_by_nms(alone, logits, boxes, thresh, 30)
+        screened = screen_by_nms(alone, logits, boxes, thresh, topk=30)
         assert torch.equal(out == value, screened == value)
         assert (out == value).any() == (labels == value).any()
