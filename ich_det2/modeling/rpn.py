@@ -150,6 +150,8 @@ class CostSensitiveRPN(RPN):
             weighed = [(s.num_pos * s.pos_weight, s.num_neg) for s in samples if s.num_pos]
             num_pos, num_neg = (sum(x) for x in zip(*weighed))
             storage.put_scalar("rpn/ratio_actual", num_pos / max(num_neg, 1))
+            # What a sampled positive weighs in the loss, a negative being 1.
+            storage.put_scalar("rpn/pos_weight", self.alpha * num_pos / positives)
             pos_probs = [p[s.labels == 1].sum() for p, s in zip(probs, samples)]
             storage.put_scalar("rpn/pos_score_mean", (sum(pos_probs) / positives).item())
         return samples

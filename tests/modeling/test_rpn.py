@@ -252,10 +252,11 @@ def test_scalars_of_the_ratio_are_stored():
 
 
 def test_actual_ratio_counts_repeated_positives():
-    rpn = simple_rpn(num_samples=8, shortfall="repeat")
+    rpn = simple_rpn(num_samples=8, shortfall="repeat", alpha=5.0)
     _, scalars = losses_of(rpn, torch.zeros(1, 5), [[1, 0, 0, 0, 0]])
     assert scalars["rpn/ratio_actual"] == 1  # one for four, to four negatives
     assert scalars["rpn/num_pos_anchors"] == 1
+    assert scalars["rpn/pos_weight"] == 5 * 4  # alpha, four times
 
 
 def test_batch_without_positives_stores_no_score():
