@@ -368,9 +368,11 @@ def _make_head(
         if rng.random() < 0.5:  # choroid plexus in the atrium
             spot = (side * rng.uniform(21, 25), 31 + rng.normal(0, 3), 9 + rng.normal(0, 4))
             calcifications.append((spot, rng.uniform(1.5, 4.2), rng.uniform(90, 260)))
-        if rng.random() < 0.12:  # globus pallidus
-            spot = (side * rng.uniform(17, 20), -3 + rng.normal(0, 2), 2 + rng.normal(0, 2))
-            calcifications.append((spot, rng.uniform(1.5, 3.5), rng.uniform(60, 130)))
+    if rng.random() < 0.2:  # globus pallidus: of age, so on both sides alike
+        y, z, hu = -3 + rng.normal(0, 2), 2 + rng.normal(0, 2), rng.uniform(100, 200)
+        for side in (-1, 1):
+            spot = (side * rng.uniform(17, 20), y + rng.normal(0, 0.7), z + rng.normal(0, 0.7))
+            calcifications.append((spot, rng.uniform(2, 3.5), hu))
     if rng.random() < 0.25:  # plaque of the falx
         spot = (rng.normal(0, 0.5), -50 + rng.normal(0, 6), rng.uniform(25, 45))
         calcifications.append((spot, rng.uniform(1.5, 3.5), rng.uniform(120, 300)))
@@ -1358,7 +1360,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--patients",
         type=_at_least(6),
-        default=60,
+        default=80,
         help=f"number of patients, {NUM_SLICES} slices each, half of them bleeding; at least 6 "
         "(default: %(default)s)",
     )
