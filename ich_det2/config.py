@@ -50,8 +50,8 @@ def add_ich_config(cfg: CN) -> None:
     cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_RATIOS = 3
     # "linear" clusters height/width (paper); "log" treats h/w and w/h alike.
     cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.RATIO_SPACE = "linear"
-    # Anchors of METHOD "joint": a list of [width, height] for each level or one for all,
-    # network-input pixels. SIZES and ASPECT_RATIOS are not read then.
+    # Anchors as a list of [width, height] for each level or one for all, network-input pixels;
+    # METHOD "joint" fills them in. Where they are given, SIZES and ASPECT_RATIOS are not read.
     cfg.MODEL.ANCHOR_GENERATOR.PAIRS = [[]]
 
     # ---- cost-sensitive RPN ----------------------------------------------------------------

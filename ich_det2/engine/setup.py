@@ -24,7 +24,7 @@ from ..anchors.clustering import (
 from ..config import add_ich_config
 from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
-from ..modeling.anchor_generator import anchor_keys, anchors_given
+from ..modeling.anchor_generator import anchors_given
 from ..modeling.backbone.timm_backbone import pretrained_state_dict
 from .checkpoint import TIMM_PREFIX, IchCheckpointer
 
@@ -140,14 +140,11 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
 
 
 def needs_anchors(cfg: CfgNode) -> bool:
-    """Whether the config's anchor generator waits for clustered anchors.
-
-    Raises:
-        ValueError: if the method of clustering does not exist.
-    """
+    """Whether the config's anchor generator waits for clustered anchors."""
     generator = cfg.MODEL.ANCHOR_GENERATOR
-    return generator.NAME == "ClusteredAnchorGenerator" and not all(
-        anchors_given(generator[key]) for key in anchor_keys(generator.CLUSTERS.METHOD)
+    return generator.NAME == "ClusteredAnchorGenerator" and not (
+        anchors_given(generator.PAIRS)
+        or (anchors_given(generator.SIZES) and anchors_given(generator.ASPECT_RATIOS))
     )
 
 
@@ -184,8 +181,13 @@ def clustered_anchors(cfg: CfgNode, boxes_wh: np.ndarray) -> Anchors | AnchorPai
         ValueError: if a setting does not fit.
     """
     clusters = cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS
-    if "PAIRS" in anchor_keys(clusters.METHOD):
+    if clusters.METHOD == "joint":
         return cluster_pairs(boxes_wh, clusters.NUM_SIZES * clusters.NUM_RATIOS)
+    if clusters.METHOD != "separate":
+        raise ValueError(
+            f"MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD is '{clusters.METHOD}', expected 'separate' or"
+            " 'joint'."
+        )
     return cluster_anchors(
         boxes_wh, clusters.NUM_SIZES, clusters.NUM_RATIOS, ratio_space=clusters.RATIO_SPACE
     )

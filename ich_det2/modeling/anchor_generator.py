@@ -6,9 +6,6 @@ import torch
 from detectron2.config import configurable
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
 
-KEYS = {"separate": ("SIZES", "ASPECT_RATIOS"), "joint": ("PAIRS",)}
-"""CLUSTERS.METHOD -> the keys of MODEL.ANCHOR_GENERATOR that hold its anchors."""
-
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class ClusteredAnchorGenerator(DefaultAnchorGenerator):
@@ -57,7 +54,7 @@ class ClusteredAnchorGenerator(DefaultAnchorGenerator):
     def from_config(cls, cfg, input_shape):
         generator = cfg.MODEL.ANCHOR_GENERATOR
         ret = super().from_config(cfg, input_shape)
-        if "PAIRS" in anchor_keys(generator.CLUSTERS.METHOD):
+        if anchors_given(generator.PAIRS):
             ret.update(sizes=(), aspect_ratios=(), pairs=generator.PAIRS)
         return ret
 
@@ -71,19 +68,6 @@ class ClusteredAnchorGenerator(DefaultAnchorGenerator):
             return super().generate_cell_anchors(sizes, aspect_ratios)
         half = torch.tensor([[float(side) for side in pair] for pair in sizes]) / 2
         return torch.cat([-half, half], dim=1)
-
-
-def anchor_keys(method: str) -> tuple[str, ...]:
-    """The keys of MODEL.ANCHOR_GENERATOR that hold the anchors of a ``CLUSTERS.METHOD``.
-
-    Raises:
-        ValueError: for a method that does not exist.
-    """
-    if method not in KEYS:
-        raise ValueError(
-            f"MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD is '{method}', expected one of {tuple(KEYS)}."
-        )
-    return KEYS[method]
 
 
 def anchors_given(values) -> bool:

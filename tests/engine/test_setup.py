@@ -20,6 +20,7 @@ EFFNET = "configs/csfrcnn_effnet_lite0.yaml"
 OPEN_ANCHORS = (
     *("MODEL.ANCHOR_GENERATOR.SIZES", "[[]]"),
     *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[]]"),
+    *("MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD", "separate"),
 )
 JOINT = ("MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD", "joint")
 
@@ -49,12 +50,12 @@ def test_a_good_config_passes_and_gets_its_anchors(cfg_on, tmp_path):
 
 
 def test_joint_clusters_are_filled_in_as_pairs(cfg_on):
-    cfg = cfg_on(*JOINT)
+    cfg = cfg_on(*OPEN_ANCHORS, *JOINT)
     check(cfg)  # builds the model too
     # 20 x 16 times 64/48, as above, but not turned into a size and a ratio; two equal boxes.
     (((width, height),),) = cfg.MODEL.ANCHOR_GENERATOR.PAIRS
     assert (width, height) == (pytest.approx(26.67, abs=0.01), pytest.approx(21.33, abs=0.01))
-    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[12.0, 24.0]]  # not read, not touched
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[]]
 
 
 def test_pairs_in_the_config_are_kept(cfg_on):
@@ -124,7 +125,7 @@ def test_boxes_are_those_of_the_networks_input(cfg_on):
         (("MODEL.RPN.COST.ALPHA", "0.0"), "ALPHA must be"),
         (("MODEL.RPN.COST.NORMALIZER", "mean"), "NORMALIZER is 'mean'"),
         (("MODEL.RPN.PRIOR_PROB", "1.0"), "PRIOR_PROB must be"),
-        (("MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD", "jiont"), "METHOD is 'jiont'"),
+        ((*OPEN_ANCHORS, "MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD", "jiont"), "METHOD is 'jiont'"),
         (("MODEL.RPN.HEAD_NAME", "NoHead"), "NoHead"),
         (("MODEL.PROPOSAL_GENERATOR.NAME", "NoRPN"), "NoRPN"),
         (("MODEL.TIMM.NAME", "efficientnet_lite9"), "efficientnet_lite9"),
@@ -176,8 +177,8 @@ def test_evaluation_takes_pairs_of_the_training_too(cfg_on, tmp_path):
     trained = cfg_on(*JOINT, "MODEL.ANCHOR_GENERATOR.PAIRS", "[[[10.0, 20.0]]]")
     (tmp_path / "config.yaml").write_text(trained.dump())
     # The method comes along, whichever the config asks for.
-    for opts in (OPEN_ANCHORS, JOINT):
-        cfg = cfg_on(*opts, "MODEL.WEIGHTS", str(tmp_path / "model_best.pth"))
+    for opts in ((), JOINT):
+        cfg = cfg_on(*OPEN_ANCHORS, *opts, "MODEL.WEIGHTS", str(tmp_path / "model_best.pth"))
         take_trained_anchors(cfg)
         assert cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.METHOD == "joint"
         assert cfg.MODEL.ANCHOR_GENERATOR.PAIRS == [[[10.0, 20.0]]]

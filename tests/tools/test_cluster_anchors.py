@@ -12,7 +12,7 @@ from ich_det2.data import register_ich_datasets
 from ich_det2.engine.setup import fill_anchors, load_config, needs_anchors
 
 ROOT = Path(__file__).parents[2]
-CONFIG = str(ROOT / "configs" / "csfrcnn_effnet_lite0.yaml")
+CONFIG = str(ROOT / "configs" / "csfrcnn_r50.yaml")
 
 
 @pytest.fixture(scope="module")
