@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -171,16 +172,16 @@ class Cells:
 def differences(cells: Cells, reference: Cells) -> dict[str, str]:
     """AUC and recall at specificity 0.90 against the reference, with paired 95 % intervals."""
 
-    def difference(i):
+    def difference(weights):
         return [
-            metric(c.y_true[i], c.y_score[i]) - metric(r.y_true[i], r.y_score[i])
-            for c, r in [(cells, reference)]
-            for metric in (roc_auc_score, lambda y, s: recall_at_specificity(y, s, 0.90))
+            metric(cells.y_true, cells.y_score, weights=weights)
+            - metric(reference.y_true, reference.y_score, weights=weights)
+            for metric in (roc_auc_score, partial(recall_at_specificity, specificity=0.90))
         ]
 
     if cells.patients != reference.patients:
         return {}
-    point = difference(np.arange(len(cells.y_true)))
+    point = difference(np.ones(len(cells.y_true), dtype=int))
     bounds = bootstrap_by_group(difference, cells.patients)
     names = ("AUC difference", "recall @ specificity 0.90, difference")
     return {n: f"{p:+.3f} [{a:+.3f}, {b:+.3f}]" for n, p, (a, b) in zip(names, point, bounds)}

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 
 from ..anchors.clustering import AnchorPairs, Anchors, best_iou
 from ..files import write_atomically
-from .diagnosis import METRICS, confusion_at_thresholds, roc_auc_score
+from .diagnosis import confusion_at_thresholds, roc_auc_score
+
+PLOTTED = ("accuracy", "recall", "precision", "specificity", "npv", "f1")
 
 
 def plot_thresholds(table: Sequence[dict], operating_threshold: float, path: str | Path) -> None:
@@ -24,7 +26,7 @@ def plot_thresholds(table: Sequence[dict], operating_threshold: float, path: str
     figure, axes = _figure(len(levels))
     for ax, level in zip(axes, levels):
         rows = [row for row in table if row["level"] == level]
-        for metric in METRICS:
+        for metric in PLOTTED:
             ax.plot([r["threshold"] for r in rows], [r[metric] for r in rows], label=metric)
         ax.axvline(operating_threshold, color="grey", linestyle=":", label="operating threshold")
         ax.set(title=f"{level} level", xlabel="threshold", ylim=(-0.02, 1.02), xlim=(0, 1))

@@ -9,6 +9,7 @@ import torch
 from detectron2.structures import Instances
 
 from ich_det2.evaluation import DiagnosisEvaluator
+from ich_det2.evaluation.diagnosis import METRICS
 from ich_det2.evaluation.evaluator import format_summary, write_csv
 
 IMAGES = [
@@ -69,6 +70,7 @@ def test_thresholds_table_has_both_levels_and_the_operating_threshold(make):
     header, *rows = read_csv(evaluator.output_dir / "diagnosis_thresholds.csv")
     assert ",".join(header) == (
         "level,threshold,tp,fp,tn,fn,accuracy,recall,precision,specificity,npv,f1"
+        ",f2,balanced_accuracy,mcc,expected_cost"
     )
     assert [row[:6] for row in rows] == [
         # Images: lesions 0.75, 0.25, healthy 0, 0.5, 0.125. Equal is positive.
@@ -88,8 +90,8 @@ def test_returned_numbers_are_what_the_hook_stores(make):
     assert set(results) == {"diagnosis"}
     values = results["diagnosis"]
     assert all(type(v) is float for v in values.values())
-    names = {"auc", "recall_at_specificity_0.90", "tp", "fp", "tn", "fn"}
-    names |= {"accuracy", "recall", "precision", "specificity", "npv", "f1"}
+    names = {"auc", "average_precision", "recall_at_specificity_0.90", "tp", "fp", "tn", "fn"}
+    names |= set(METRICS)
     assert set(values) == {f"{level}_{name}" for level in ("image", "patient") for name in names}
     # Images: 0.75 beats 0, 0.5, 0.125; 0.25 beats 0, 0.125: 5 of 6 pairs.
     assert values["image_auc"] == pytest.approx(5 / 6)

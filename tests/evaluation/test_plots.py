@@ -5,8 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ich_det2.evaluation.diagnosis import METRICS, diagnosis_table
-from ich_det2.evaluation.plots import plot_history, plot_roc, plot_thresholds
+from ich_det2.evaluation.diagnosis import diagnosis_table
+from ich_det2.evaluation.plots import PLOTTED, plot_history, plot_roc, plot_thresholds
 
 LEVELS = {
     "image": (np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.4, 0.1])),
@@ -45,7 +45,7 @@ def test_thresholds_show_every_metric_at_each_level(tmp_path, axes):
     assert_picture(tmp_path / "t.png")
     assert [ax.get_title() for ax in axes] == ["image level", "patient level"]
     for ax in axes:
-        assert set(curves(ax)) == {*METRICS, "operating threshold"}
+        assert set(curves(ax)) == {*PLOTTED, "operating threshold"}
     # Lesions 0.9, 0.4: recall 1, 1/2, 0 at 0.2, 0.5, 0.95.
     assert curves(axes[0])["recall"].tolist() == [[0.2, 0.5, 0.95], [1, 0.5, 0]]
 
