@@ -19,6 +19,7 @@ PURE = {
     "ich_det2.data.voc",
     "ich_det2.evaluation.compare",
     "ich_det2.evaluation.diagnosis",
+    "ich_det2.evaluation.froc",
     "ich_det2.evaluation.intervals",
     "ich_det2.files",
     "ich_det2.modeling.cost",

@@ -10,8 +10,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+
+try:  # the same numbers, several times as fast
+    from faster_coco_eval import COCO
+    from faster_coco_eval import COCOeval_faster as COCOeval
+except ImportError:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10))
+"""IoU thresholds that COCO's AP averages over."""
 
 
 def box_recall(
@@ -40,11 +48,17 @@ def box_recall(
 
 
 def average_precision(
-    predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], *, iou_threshold: float
+    predicted: Sequence[np.ndarray],
+    true: Sequence[np.ndarray],
+    *,
+    iou_threshold: float | Sequence[float],
 ) -> float:
-    """COCO's AP (101 recalls, 100 boxes an image) at one IoU, in [0, 1]; NaN without true boxes.
+    """COCO's AP (101 recalls, 100 boxes an image), in [0, 1]; NaN without true boxes.
 
-    Args: as :func:`box_recall`.
+    Args:
+        predicted: per image (D, 5): score, x, y, width, height.
+        true: per image (G, 4).
+        iou_threshold: one, or several to average over, as ``COCO_IOUS``.
     """
     if not any(len(targets) for targets in true):
         return float("nan")
@@ -61,17 +75,62 @@ def average_precision(
     ]
     if not results:
         return 0.0
-    truth = COCO()
-    truth.dataset = {
-        "images": images,
-        "categories": [{"id": 1}],
-        "annotations": [{"id": i, **a} for i, a in enumerate(annotations, 1)],
-    }
     with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": images,
+            "categories": [{"id": 1}],
+            "annotations": [{"id": i, **a} for i, a in enumerate(annotations, 1)],
+        }
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluation.params.iouThrs = np.array([iou_threshold])
+        evaluation.params.iouThrs = np.atleast_1d(iou_threshold)
         evaluation.evaluate()
         evaluation.accumulate()
     # Precision: (IoU, recall, category, area, detections); all areas, 100 boxes an image.
-    return float(evaluation.eval["precision"][0, :, 0, 0, -1].mean())
+    return float(evaluation.eval["precision"][:, :, 0, 0, -1].mean())
+
+
+def voc_average_precision(
+    predicted: Sequence[np.ndarray],
+    true: Sequence[np.ndarray],
+    *,
+    iou_threshold: float = 0.5,
+    eleven_points: bool = False,
+) -> float:
+    """PASCAL VOC's AP, in [0, 1]; with one class this is the paper's mAP. NaN without true boxes.
+
+    A prediction belongs to the true box it overlaps most, and is false if a better one has that
+    box already (COCO would give it another free box). Source: Everingham et al., Int. J. Comput.
+    Vis. 88 (2010) 303.
+
+    Args:
+        predicted: per image (D, 5): score, x, y, width, height.
+        true: per image (G, 4).
+        iou_threshold: an IoU equal to it counts.
+        eleven_points: mean precision at recalls 0, 0.1 to 1 (VOC 2007) in place of the area under
+            the falling envelope of the curve (VOC 2010 and later).
+    """
+    n_true = sum(map(len, true))
+    if not n_true:
+        return float("nan")
+    scores, right = [], []
+    for boxes, targets in zip(predicted, true, strict=True):
+        boxes = boxes[np.argsort(-boxes[:, 0], kind="stable")]
+        hit = np.zeros(len(boxes), dtype=bool)
+        if len(boxes) and len(targets):
+            iou = coco_mask.iou(boxes[:, 1:], targets, np.zeros(len(targets), dtype=np.uint8))
+            near = iou.argmax(axis=1)
+            enough = np.flatnonzero(iou.max(axis=1) >= iou_threshold)
+            # The first, highest scored prediction of each true box.
+            hit[enough[np.unique(near[enough], return_index=True)[1]]] = True
+        scores.append(boxes[:, 0])
+        right.append(hit)
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    found = np.cumsum(np.concatenate(right)[order])
+    recall = found / n_true
+    precision = found / np.arange(1, len(found) + 1)
+    envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+    if eleven_points:
+        return float(envelope[np.searchsorted(recall, np.linspace(0, 1, 11))].mean())
+    return float((np.diff(recall, prepend=0) * envelope[:-1]).sum())
