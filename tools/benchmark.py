@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""Measures this project against stock Detectron2, both in one run.
+"""Measures this project against stock Detectron2 and scikit-learn, both in one run.
 
     python tools/benchmark.py train-step --size 320 --batch 4 --steps 30
+    python tools/benchmark.py diagnosis --images 1000000 --thresholds 99
 
-The two are timed in turn, step by step, on the same weights and images, so that a machine whose
-speed wanders slows both; quote the ratio, not the seconds.
+A training step is timed in turn with stock Detectron2's, step by step, on the same weights and
+images, so that a machine whose speed wanders slows both; quote the ratio, not the seconds. The
+diagnosis at many thresholds is timed against a loop over scikit-learn's metrics, with the same
+numbers as result.
 """
 
 import argparse
@@ -12,13 +15,22 @@ import platform
 import statistics
 import time
 
+import numpy as np
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from sklearn import metrics as sk
 from tabulate import tabulate
 
 from ich_det2.engine.setup import load_config
+from ich_det2.evaluation.diagnosis import (
+    confusion_at_thresholds,
+    diagnosis_metrics,
+    group_scores,
+    roc_auc_score,
+)
+from ich_det2.evaluation.intervals import bootstrap_by_group
 
 SIZES, RATIOS = [[32.0, 64.0, 128.0]], [[0.5, 1.0, 2.0]]
 STOCK = ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.HEAD_NAME", "StandardRPNHead"]
@@ -38,6 +50,15 @@ def parse_args(argv=None):
     step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     step.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     step.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    step.set_defaults(run=train_step)
+    curves = commands.add_parser("diagnosis", help="metrics at many thresholds, and the bootstrap")
+    curves.add_argument("--images", type=int, default=1_000_000)
+    curves.add_argument("--patients", type=int, default=50_000)
+    curves.add_argument("--thresholds", type=int, default=99)
+    curves.add_argument("--bootstrap-images", type=int, default=20_000)
+    curves.add_argument("--bootstrap-patients", type=int, default=1_000)
+    curves.add_argument("--resamples", type=int, default=2_000)
+    curves.set_defaults(run=diagnosis)
     return parser.parse_args(argv)
 
 
@@ -133,5 +154,78 @@ def train_step(args) -> None:
     print(tabulate(rows, headers, floatfmt=".4f", tablefmt="github"))
 
 
+SKLEARN = {
+    "accuracy": sk.accuracy_score,
+    "recall": sk.recall_score,
+    "precision": sk.precision_score,
+    "specificity": lambda y, p: sk.recall_score(y, p, pos_label=0),
+    "npv": lambda y, p: sk.precision_score(y, p, pos_label=0),
+    "f1": sk.f1_score,
+    "f2": lambda y, p: sk.fbeta_score(y, p, beta=2),
+    "balanced_accuracy": sk.balanced_accuracy_score,
+    "mcc": sk.matthews_corrcoef,
+}
+
+
+def timed(function):
+    """A function's result and its seconds."""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def diagnosis(args) -> None:
+    rng = np.random.default_rng(0)
+
+    def cases(n, patients):
+        y_true = rng.integers(0, 2, n)
+        score = np.clip(0.3 * y_true + 0.7 * rng.random(n), 0, 1)
+        return y_true, score, rng.integers(0, patients, n)
+
+    y_true, score, patient = cases(args.images, args.patients)
+    thresholds = np.linspace(0, 1, args.thresholds + 2)[1:-1]
+
+    def by_patient():
+        _, label, patient_score = group_scores(patient, y_true, score)
+        return diagnosis_metrics(**confusion_at_thresholds(label, patient_score, thresholds))
+
+    ours, seconds = timed(
+        lambda: diagnosis_metrics(**confusion_at_thresholds(y_true, score, thresholds))
+    )
+    _, patient_seconds = timed(by_patient)
+    theirs, loop = timed(
+        lambda: [
+            {name: f(y_true, (score >= t).astype(int)) for name, f in SKLEARN.items()}
+            for t in thresholds
+        ]
+    )
+    difference = max(
+        abs(ours[name][i] - value) for i, row in enumerate(theirs) for name, value in row.items()
+    )
+    y_boot, s_boot, p_boot = cases(args.bootstrap_images, args.bootstrap_patients)
+
+    def statistic(weights):
+        counts = confusion_at_thresholds(y_boot, s_boot, [0.5], weights)
+        metrics = diagnosis_metrics(**counts)
+        return [roc_auc_score(y_boot, s_boot, weights), *(m[:, 0] for m in metrics.values())]
+
+    _, bootstrap = timed(lambda: bootstrap_by_group(statistic, p_boot, n_resamples=args.resamples))
+    what = f"{args.images} images x {args.thresholds} thresholds"
+    rows = [
+        [f"{what}, all metrics", seconds],
+        [f"the same by {args.patients} patients, with the patients' scores", patient_seconds],
+        [f"{what}, a loop over scikit-learn's {len(SKLEARN)} metrics", loop],
+        [
+            f"{args.resamples} bootstraps over patients of {args.bootstrap_images} images,"
+            " AUC and all metrics",
+            bootstrap,
+        ],
+    ]
+    print(f"{platform.processor() or platform.machine()}, NumPy {np.__version__}")
+    print(tabulate(rows, ["", "s"], floatfmt=".3f", tablefmt="github"))
+    print(f"loop / ours: {loop / seconds:.0f}; largest difference {difference:.1e}")
+
+
 if __name__ == "__main__":
-    train_step(parse_args())
+    arguments = parse_args()
+    arguments.run(arguments)

@@ -33,3 +33,12 @@ def test_calls_alternate_and_warmup_is_not_counted(tool):
     seconds = tool.interleave(steps, rounds=2, warmup=1, device="cpu")
     assert "".join(calls) == "abbaab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_the_diagnosis_is_measured_against_a_loop_with_the_same_result(tool, capsys):
+    few = ["--images", "2000", "--patients", "100", "--thresholds", "3", "--resamples", "20"]
+    args = tool.parse_args(["diagnosis", *few, "--bootstrap-images", "500"])
+    args.run(args)
+    *_, last = capsys.readouterr().out.splitlines()
+    ratio, difference = last.removeprefix("loop / ours: ").split("; largest difference ")
+    assert float(ratio) > 1 and float(difference) < 1e-12
