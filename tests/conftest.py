@@ -28,6 +28,12 @@ settings.register_profile(
 settings.load_profile("ich")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz-examples", type=int, default=60, help="mutated files of each kind in test_fuzz.py"
+    )
+
+
 @pytest.fixture
 def tiny_cfg():
     """Factory of a config: EfficientNet-Lite0, 64 pixels, random weights, no augmentation."""

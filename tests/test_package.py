@@ -15,6 +15,11 @@ REPOSITORY = Path(__file__).parents[1]
 PURE = {
     "ich_det2.anchors.clustering",
     "ich_det2.data.dicom",
+    "ich_det2.data.dicom.elements",
+    "ich_det2.data.dicom.header",
+    "ich_det2.data.dicom.pixels",
+    "ich_det2.data.dicom.series",
+    "ich_det2.data.dicom.window",
     "ich_det2.data.splits",
     "ich_det2.data.voc",
     "ich_det2.evaluation.compare",

@@ -24,6 +24,9 @@ from ..files import write_atomically
 
 Box = tuple[float, float, float, float]
 
+MAX_BYTES = 8 << 20
+"""Largest annotation file accepted; a thousand objects take half a MiB."""
+
 # Adding and taking away the 1 of "1-based" in binary floats loses bits (0.1 + 1 - 1 != 0.1). No
 # double needs more than 1074 decimal places, so this precision makes every round trip exact.
 _EXACT = Context(prec=1100)
@@ -150,11 +153,19 @@ def write_voc(
 
 def _parse(path: Path) -> ET.Element:
     try:
-        root = SafeET.fromstring(path.read_bytes())
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise ValueError(
+                    f"{path}: has {size} bytes, expected at most {MAX_BYTES >> 20} MiB of XML."
+                )
+            data = file.read()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such annotation file; check the path.") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
+    try:
+        root = SafeET.fromstring(data)
     except DefusedXmlException as error:
         raise ValueError(
             f"{path}: defines XML entities, which an annotation does not need and which are "

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from highdicom.pixels import apply_voi_window
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.pixels import apply_rescale
+from pydicom.pixels import apply_rescale, apply_windowing
 from pydicom.uid import (
     MPEG2MPML,
     CTImageStorage,
@@ -19,6 +20,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     RLELossless,
+    SecondaryCaptureImageStorage,
     generate_uid,
 )
 
@@ -26,9 +28,13 @@ from ich_det2.data.dicom import (
     AIR_HU,
     apply_window,
     check_dicom,
+    elements,
+    neighbours,
     read_hu,
     read_identity,
+    read_image,
     read_series,
+    window_image,
 )
 
 REAL = Path(__file__).parents[2] / "../shared/data/dicom"
@@ -162,6 +168,56 @@ def test_unsigned_padding(tmp_path):
     assert read_hu(save(ds, tmp_path / "a.dcm")).tolist() == [[-1024, AIR_HU, 0]]
 
 
+@pytest.mark.parametrize("intercept", [0, -1])
+def test_twelve_bits_that_wrapped(tmp_path, intercept):
+    # HU -1000, 0, 1000 and 2999 as 12-bit two's complement in a file that says "unsigned".
+    stored = np.array([[-1000, 0, 1000, 2999]]) & 0xFFF
+    ds = make_ct(stored, bits=12, signed=False, RescaleIntercept=intercept)
+    hu = read_hu(save(ds, tmp_path / "a.dcm"))
+    assert hu.tolist() == [[-1000 + intercept, intercept, 1000 + intercept, 2999 + intercept]]
+    # With the usual intercept the same values are what they say.
+    ds = make_ct(stored, bits=12, signed=False, RescaleIntercept=-1024)
+    assert read_hu(save(ds, tmp_path / "b.dcm")).tolist() == (stored - 1024).tolist()
+
+
+def bone_in_padding(padding):
+    """A head with one dense voxel of the value that padding has when it is cut to 12 bits."""
+    stored = np.full((8, 8), 1064)  # 40 HU
+    stored[0], stored[:, 0] = padding, padding
+    stored[4, 4] = -2000 & 0xFFF  # 2096 is 1072 HU
+    expected = np.full((8, 8), 40.0)
+    expected[0], expected[:, 0], expected[4, 4] = AIR_HU, AIR_HU, 1072
+    return stored, expected
+
+
+@pytest.mark.parametrize("declared", [-2000, None])
+def test_padding_with_its_sign_in_unsigned_words(tmp_path, declared):
+    stored, expected = bone_in_padding(-2000)
+    ds = make_ct(stored, bits=12, signed=False)
+    if declared is not None:
+        ds.add_new("PixelPaddingValue", "SS", declared)
+    assert np.array_equal(read_hu(save(ds, tmp_path / "a.dcm")), expected)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_padding_cut_to_twelve_bits(tmp_path, syntax):
+    stored, expected = bone_in_padding(-2000 & 0xFFF)
+    ds = make_ct(stored, bits=12, signed=False)
+    ds.add_new("PixelPaddingValue", "SS", -2000)
+    if syntax.is_encapsulated:
+        ds.compress(syntax, generate_instance_uid=False)
+    assert np.array_equal(read_hu(save(ds, tmp_path / "a.dcm")), expected)
+
+
+def test_windows_and_spacing_of_the_file(tmp_path):
+    ds = make_ct(WindowCenter=[40, 600, 0], WindowWidth=[80, 2800, 0])
+    image = read_image(save(ds, tmp_path / "a.dcm"))
+    assert image.windows == ((40, 80), (600, 2800))  # a width of 0 is no window
+    assert image.spacing_mm == (0.5, 0.4)
+    assert image.sop_uid == ds.SOPInstanceUID
+    assert np.array_equal(image.hu, read_hu(tmp_path / "a.dcm"))
+
+
 def test_monochrome1_does_not_invert_hu(tmp_path):
     path = save(make_ct(PhotometricInterpretation="MONOCHROME1"), tmp_path / "a.dcm")
     assert np.array_equal(read_hu(path), np.arange(12).reshape(3, 4) - 1024)
@@ -205,10 +261,14 @@ def test_real_compressed_and_uncompressed_are_equal():
     [
         ({"Modality": "MR"}, "Modality (0008,0060) is MR, expected CT"),
         ({"Modality": None}, "has no Modality (0008,0060)"),
+        (
+            {"SOPClassUID": SecondaryCaptureImageStorage},
+            "SOP Class UID (0008,0016) is Secondary Capture Image Storage, expected CT Image",
+        ),
         ({"PixelData": None}, "ends without Pixel Data"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "colour"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR"),
-        ({"NumberOfFrames": 2}, "holds 2 frames, which is not supported"),
+        ({"NumberOfFrames": 2}, "holds 2 frames without Per-Frame Functional Groups"),
         ({"RescaleSlope": None}, "has no Rescale Slope (0028,1053)"),
         ({"RescaleIntercept": None}, "has no Rescale Intercept (0028,1052)"),
         ({"RescaleIntercept": ""}, "has no Rescale Intercept (0028,1052)"),
@@ -216,7 +276,7 @@ def test_real_compressed_and_uncompressed_are_equal():
         ({"RescaleSlope": [1, 2]}, "Rescale Slope (0028,1053) has 2 values"),
         ({"RescaleType": "Z_EFF"}, "Rescale Type (0028,1054) is Z_EFF, expected HU"),
         ({"Rows": None}, "has no Rows (0028,0010)"),
-        ({"Rows": 0}, "Rows (0028,0010) is 0, expected 1 to 8192"),
+        ({"Rows": 0}, "Rows (0028,0010) is 0, expected 1 to 4096"),
         ({"Columns": 65535}, "Columns (0028,0011) is 65535"),
         ({"Rows": 4}, "is truncated: its pixel data has 24 bytes, its header says 32"),
         ({"BitsAllocated": 8}, "Bits Allocated (0028,0100) is 8, expected 16"),
@@ -293,9 +353,17 @@ def test_compressed_image_of_another_size(tmp_path):
         read_hu(save(ds, tmp_path / "a.dcm"))
 
 
-def test_deflated(tmp_path):
-    path = save(make_ct(syntax=DeflatedExplicitVRLittleEndian), tmp_path / "a.dcm")
-    refused(path, "is deflated")
+def test_deflated(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(-2048, 2048, (16, 16))
+    path = save(make_ct(values, syntax=DeflatedExplicitVRLittleEndian), tmp_path / "a.dcm")
+    check_dicom(path)
+    assert np.array_equal(read_hu(path), values - 1024)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    refused(path, "its deflated data set has no end")
+    path.write_bytes(whole)
+    monkeypatch.setattr(elements, "MAX_INFLATED", 600)
+    refused(path, "unfolds to more than")
 
 
 @pytest.mark.parametrize(
@@ -345,6 +413,37 @@ def test_window_takes_any_number(dtype):
     out = apply_window(np.array([-200, 40, 80], dtype=dtype), 40, 80)
     assert out.dtype == np.float32
     assert out.tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("level, width", [(50, 100), (40, 80), (600, 2800)])
+def test_window_is_linear_exact_of_pydicom_and_highdicom(level, width):
+    hu = np.arange(-1024, 3072, dtype=np.int16)
+    ours = apply_window(hu, level, width)
+    ds = make_ct(VOILUTFunction="LINEAR_EXACT", RescaleIntercept=0)
+    ds.WindowCenter, ds.WindowWidth = level, width
+    theirs = apply_windowing(hu, ds)  # onto the 16-bit range -32768 ... 32767
+    np.testing.assert_allclose(ours, (theirs + 32768) / 65535, atol=1e-6)
+    exact = apply_voi_window(
+        hu.astype(float), level, width, voi_lut_function="LINEAR_EXACT", output_range=(0, 1)
+    )
+    np.testing.assert_allclose(ours, exact, atol=1e-6)
+    # LINEAR, the default of DICOM, is at most 1 / width away, and is what docs/dicom.md says.
+    linear = apply_voi_window(
+        hu.astype(float), level, width, voi_lut_function="LINEAR", output_range=(0, 1)
+    )
+    by_hand = np.clip((hu - (level - 0.5)) / (width - 1) + 0.5, 0, 1)
+    np.testing.assert_allclose(linear, by_hand, atol=1e-12)
+    assert 0 < np.abs(ours - linear).max() <= 1 / width + 1e-6
+
+
+def test_eight_bit_windows():
+    hu = np.random.default_rng(0).uniform(-200, 300, (9, 7)).astype(np.float32)
+    windows = [(50, 100), (80, 200), (600, 2800)]
+    image = window_image(hu, windows)
+    assert image.dtype == np.uint8 and image.shape == (9, 7, 3)
+    for channel, window in enumerate(windows):
+        expected = np.rint(apply_window(hu, *window) * 255)
+        assert np.array_equal(image[..., channel], expected)
 
 
 def test_window_against_the_standard():
@@ -438,6 +537,62 @@ def test_everything_else_is_skipped_with_a_reason(tmp_path):
         assert str(tmp_path) not in reasons[name]
 
 
+def test_what_is_no_head_is_skipped(tmp_path):
+    for name, part in (
+        ("a", "HEAD"),
+        ("b", ""),
+        ("c", "Head/Neck"),
+        ("d", "CHEST"),
+        ("e", "LSPINE"),
+    ):
+        save(make_slice(ord(name), BodyPartExamined=part), tmp_path / name)
+    (series,), skipped = read_series(tmp_path)
+    assert names(series) == ["a", "b", "c"]
+    reasons = {path.name: reason for path, reason in skipped}
+    assert reasons == {
+        "d": "Body Part Examined (0018,0015) is CHEST, expected a head.",
+        "e": "Body Part Examined (0018,0015) is LSPINE, expected a head.",
+    }
+
+
+def notes(tmp_path, heights, **attributes):
+    for i, height in enumerate(heights):
+        save(make_slice(height, PixelSpacing=[0.5, 0.5], **attributes), tmp_path / f"{i}")
+    (series,), skipped = read_series(tmp_path)
+    assert skipped == [] and len(series.files) == len(heights)
+    assert series.positions_mm == tuple(sorted(heights))
+    return list(series.notes)
+
+
+def test_nothing_to_note_in_an_even_series_or_one_of_two_spacings(tmp_path):
+    assert notes(tmp_path, [0, 2.5, 5, 7.5, 12.5, 17.5, 22.5]) == []
+
+
+def test_missing_and_repeated_slices_are_noted(tmp_path):
+    assert notes(tmp_path, [0, 5, 10, 25, 30, 30, 35]) == [
+        "2 slice(s) seem to be missing between 2 and 3: 15.0 mm apart, beside them 5.0 mm",
+        "4 and 5 lie at one position",
+    ]
+
+
+def test_odd_pixels_and_orientations_are_noted(tmp_path):
+    save(make_slice(0), tmp_path / "a")  # 0.5 mm between rows, 0.4 between columns
+    save(make_slice(0, [-1, 0, 0, 0, -1, 0], SeriesInstanceUID="1.2.4"), tmp_path / "b")
+    series, _ = read_series(tmp_path)
+    square = "pixels are not square: 0.5 mm between rows, 0.4 mm between columns"
+    turned = "rows and columns do not run to the patient's left and back, as in usual axial slices"
+    assert [s.notes for s in series] == [(square,), (square, turned)]
+    assert [s.tilt_deg for s in series] == [0, 0]
+
+
+def test_neighbours():
+    # In order: 0, 5, 10, then a gap of 15, 25, 30. The ends and the gap have nothing beyond.
+    table = neighbours([10, 0, 25, 5, 30])
+    assert table.tolist() == [[3, 0, 0], [1, 1, 3], [2, 2, 4], [1, 3, 0], [2, 4, 4]]
+    assert neighbours([7.0]).tolist() == [[0, 0, 0]]
+    assert neighbours([0, 5, 10], reach=2)[0].tolist() == [0, 0, 0, 1, 2]
+
+
 def test_single_file_needs_no_geometry(tmp_path):
     save(make_ct(PixelSpacing=None), tmp_path / "only.dcm")
     (series,), skipped = read_series(tmp_path)
@@ -478,7 +633,9 @@ def test_real_tilted_series(tmp_path):
     sources = sorted((REAL / "ge_tilted_series").glob("*.dcm"))
     order = np.random.default_rng(0).permutation(len(sources))
     for source, place in zip(sources, order, strict=True):
-        shutil.copy(source, tmp_path / f"{place}.dcm")
+        ds = pydicom.dcmread(source)
+        ds.InstanceNumber = int(place)
+        ds.save_as(tmp_path / f"{place}.dcm")
     (series,), skipped = read_series(tmp_path)
     assert skipped == []
     # The source names count up from the base of the skull.
@@ -487,3 +644,5 @@ def test_real_tilted_series(tmp_path):
     assert heights == sorted(heights)
     gaps = np.diff(heights) * np.cos(np.deg2rad(18.5))  # the normal is tilted by 18.5 degrees
     assert series.spacing_mm[0] == pytest.approx(np.median(gaps), abs=0.1)
+    assert series.tilt_deg == pytest.approx(18.5, abs=0.05)
+    assert series.frames == (None,) * 10

@@ -1,0 +1,38 @@
+"""Head-CT DICOM: pixels in Hounsfield units (HU), windows, and slices in anatomical order.
+
+docs/dicom.md says what is read how, what is refused, and the exact formula of the window.
+"""
+
+from .header import CT_STORAGE, MAX_FRAMES, MAX_SIDE
+from .pixels import (
+    AIR_HU,
+    CTImage,
+    check_dicom,
+    read_hu,
+    read_identity,
+    read_image,
+    read_size,
+    read_sop_uid,
+)
+from .series import CTSeries, neighbours, read_series, sort_frames
+from .window import apply_window, window_image
+
+__all__ = [
+    "AIR_HU",
+    "CT_STORAGE",
+    "MAX_FRAMES",
+    "MAX_SIDE",
+    "CTImage",
+    "CTSeries",
+    "apply_window",
+    "check_dicom",
+    "neighbours",
+    "read_hu",
+    "read_identity",
+    "read_image",
+    "read_series",
+    "read_size",
+    "read_sop_uid",
+    "sort_frames",
+    "window_image",
+]

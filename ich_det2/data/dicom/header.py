@@ -1,0 +1,358 @@
+"""What a usable CT slice is: the one place that decides it.
+
+Reading, checking and sorting all go through :func:`read_headers`, so that a file which passes the
+check before a training run does not fail in it. Sections "C.x" are of DICOM PS3.3, "A.x" of PS3.5.
+H, W are Rows and Columns, F is the number of frames.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import BinaryIO
+
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import get_decoder
+from pydicom.uid import UID
+
+from .elements import (
+    SEQUENCES,
+    UNDEFINED_LENGTH,
+    Elements,
+    Refusal,
+    convert,
+    label,
+    read_elements,
+    size_of,
+)
+
+MAX_SIDE = 4096
+"""Largest Rows or Columns accepted; CT has 512 to 2048. A damaged header may claim gigabytes, and
+a compressed file can hold them: with this, a slice takes at most 64 MiB as float32."""
+
+MAX_FRAMES = 10_000
+"""Largest Number of Frames accepted; a head CT has some hundreds."""
+
+CT_STORAGE = {
+    "1.2.840.10008.5.1.4.1.1.2": "CT Image Storage",
+    "1.2.840.10008.5.1.4.1.1.2.1": "Enhanced CT Image Storage",
+    "1.2.840.10008.5.1.4.1.1.2.2": "Legacy Converted Enhanced CT Image Storage",
+}
+
+_ITEM = b"\xfe\xff\x00\xe0"
+_SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0"
+# Functional groups (C.7.6.16) and what of each stands directly in the header of a single slice.
+_GROUPS = {
+    "PixelMeasuresSequence": ("PixelSpacing", "SliceThickness"),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PixelValueTransformationSequence": ("RescaleIntercept", "RescaleSlope", "RescaleType"),
+    "FrameVOILUTSequence": ("WindowCenter", "WindowWidth"),
+}
+_FRAME_TYPE = "CTImageFrameTypeSequence"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is needed to turn a slice's pixel data into HU and to place it.
+
+    Attributes:
+        values: see ``Elements``; in an Enhanced image with the values of this frame.
+        frame: 0-based.
+        frames: F.
+        offset: of the pixel data's value in the source, bytes.
+        padding: stored values, both ends included, as 16-bit words.
+    """
+
+    values: Mapping[str, str | tuple[float, ...]]
+    syntax: UID
+    frame: int
+    frames: int
+    offset: int
+    rows: int
+    columns: int
+    bits_stored: int
+    signed: bool
+    big_endian: bool
+    slope: float
+    intercept: float
+    padding: tuple[int, int] | None
+
+    @property
+    def compressed(self) -> bool:
+        return self.syntax.is_encapsulated
+
+    @property
+    def spacing_mm(self) -> tuple[float, float]:
+        """Distance of rows and of columns; NaN where the file does not say."""
+        spacing = numbers(self.values, "PixelSpacing")
+        valid = len(spacing) == 2 and min(spacing) > 0
+        return (spacing[0], spacing[1]) if valid else (math.nan, math.nan)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Turn whatever goes wrong with a file into one sentence that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such DICOM file; check the path.") from None
+    except InvalidDicomError as error:
+        raise ValueError(f"{path}: is not a DICOM file (no 'DICM' at byte 128).") from error
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except Refusal as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:
+        # pydicom and the decoders answer damage with whatever breaks first: struct.error, EOFError,
+        # KeyError, RuntimeError, NotImplementedError, MemoryError, ...
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: is damaged ({detail}); export the file again.") from error
+
+
+def read_headers(file: BinaryIO) -> tuple[list[Header], BinaryIO]:
+    """Parse and validate a CT file up to and including the extent of its pixel data.
+
+    Args:
+        file: open for reading at its start.
+
+    Returns:
+        The headers of its F frames, and the file that their offset refers to.
+
+    Raises:
+        Refusal: the file is readable but no grey CT image that is whole.
+        Exception: whatever pydicom raises on damage.
+    """
+    elements = read_elements(file)
+    values = elements.values
+    modality = text(values, "Modality")
+    if modality not in ("", "CT"):
+        raise Refusal(f"{label('Modality')} is {modality}, expected CT.")
+    storage = text(values, "SOPClassUID")
+    if storage and storage not in CT_STORAGE:
+        raise Refusal(f"{label('SOPClassUID')} is {UID(storage).name}, expected CT Image Storage.")
+    if elements.length is None:
+        raise Refusal("ends without Pixel Data (7FE0,0010): it is truncated or holds no image.")
+    if not modality:
+        raise Refusal(f"has no {label('Modality')}, expected CT.")
+
+    frames = int(_integer(values, "NumberOfFrames", 1, MAX_FRAMES)) if _has_frames(values) else 1
+    samples = _integer(values, "SamplesPerPixel")
+    photometric = text(values, "PhotometricInterpretation")
+    if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        raise Refusal(
+            f"is a colour picture or screen capture ({samples} samples a pixel, "
+            f"{photometric or 'no photometric interpretation'}), expected a grey CT image."
+        )
+    rows, columns = (_integer(values, k, 1, MAX_SIDE) for k in ("Rows", "Columns"))
+    _integer(values, "BitsAllocated", 16, 16)  # the CT Image IOD, C.8.2.1
+    bits_stored = _integer(values, "BitsStored", 1, 16)
+    _integer(values, "HighBit", bits_stored - 1, bits_stored - 1)
+    signed = _integer(values, "PixelRepresentation", 0, 1) == 1
+    of_frames = _frame_values(values, elements.groups, frames)
+    rescale = [_rescale(v) for v in of_frames]
+
+    if elements.syntax.is_encapsulated:
+        _check_decoder(elements.syntax)
+        _check_fragments(elements, (rows, columns), frames)
+    else:
+        _check_length(elements, 2 * rows * columns * frames)
+    first = Header(
+        values=of_frames[0],
+        syntax=elements.syntax,
+        frame=0,
+        frames=frames,
+        offset=elements.offset,
+        rows=rows,
+        columns=columns,
+        bits_stored=bits_stored,
+        signed=signed,
+        big_endian=elements.big_endian,
+        slope=rescale[0][0],
+        intercept=rescale[0][1],
+        padding=_padding(values),
+    )
+    rest = (
+        replace(first, values=of_frames[i], frame=i, slope=rescale[i][0], intercept=rescale[i][1])
+        for i in range(1, frames)
+    )
+    return [first, *rest], elements.source
+
+
+def text(values: Mapping, keyword: str) -> str:
+    """A text attribute, empty where it is missing."""
+    return values.get(keyword, "")
+
+
+def numbers(values: Mapping, keyword: str) -> tuple[float, ...]:
+    """The values of a numeric attribute, empty where it is missing or empty."""
+    return values.get(keyword, ())
+
+
+def number(values: Mapping, keyword: str) -> float | None:
+    """The value of a numeric attribute, None where it is missing or empty."""
+    found = numbers(values, keyword)
+    if len(found) > 1:
+        raise Refusal(f"{label(keyword)} has {len(found)} values, expected one.")
+    return found[0] if found else None
+
+
+def _required(values: Mapping, keyword: str) -> float:
+    value = number(values, keyword)
+    if value is None:
+        raise Refusal(f"has no {label(keyword)}, which a CT image must have.")
+    return value
+
+
+def _integer(values: Mapping, keyword: str, low: int = 0, high: int = 2**31) -> int:
+    value = _required(values, keyword)
+    if value != int(value) or not low <= value <= high:
+        expected = f"{low}" if low == high else f"{low} to {high}"
+        raise Refusal(f"{label(keyword)} is {value:g}, expected {expected}.")
+    return int(value)
+
+
+def _has_frames(values: Mapping) -> bool:
+    # Some writers put 0 where there is one image.
+    return number(values, "NumberOfFrames") not in (None, 0)
+
+
+def _rescale(values: Mapping) -> tuple[float, float]:
+    # Both Type 1 in the CT Image IOD (C.8.2.1): without them stored values have no unit.
+    slope = _required(values, "RescaleSlope")
+    intercept = _required(values, "RescaleIntercept")
+    if slope == 0:
+        raise Refusal(f"{label('RescaleSlope')} is 0, expected a slope to Hounsfield units.")
+    unit = text(values, "RescaleType")
+    if unit not in ("", "HU", "US"):  # US, "unspecified", is what older scanners write for HU
+        raise Refusal(f"{label('RescaleType')} is {unit}, expected HU.")
+    return slope, intercept
+
+
+def _padding(values: Mapping) -> tuple[int, int] | None:
+    value = number(values, "PixelPaddingValue")
+    if value is None:
+        return None
+    limit = number(values, "PixelPaddingRangeLimit")
+    # Files mix up the VR (US or SS) of these values, so they are kept as the pixels' 16-bit word.
+    return int(value) & 0xFFFF, int(value if limit is None else limit) & 0xFFFF
+
+
+def _frame_values(values: dict, groups: Dataset | None, frames: int) -> list[dict]:
+    """The values of each frame: those of the header, the shared and its own functional groups."""
+    if groups is None:
+        if frames > 1:
+            raise Refusal(
+                f"holds {frames} frames without Per-Frame Functional Groups Sequence (5200,9230), "
+                "so their positions are unknown; export one slice a file."
+            )
+        return [values]
+    per_frame = groups[SEQUENCES[1]].value
+    if len(per_frame) != frames:
+        raise Refusal(
+            f"Per-Frame Functional Groups Sequence (5200,9230) has {len(per_frame)} items, "
+            f"expected {frames}, the Number of Frames."
+        )
+    shared = groups.get(SEQUENCES[0])
+    common = {**values, **(_group_values(shared[0]) if shared else {})}
+    return [{**common, **_group_values(item)} for item in per_frame]
+
+
+def _group_values(item: Dataset) -> dict:
+    found = {}
+    for sequence, keywords in _GROUPS.items():
+        for keyword in keywords if item.get(sequence) else ():
+            value = item[sequence][0].get(keyword)
+            if value not in (None, ""):
+                found[keyword] = convert(keyword, value)
+    if item.get(_FRAME_TYPE):
+        found["ImageType"] = convert("ImageType", item[_FRAME_TYPE][0].get("FrameType", ""))
+    return found
+
+
+def _check_length(elements: Elements, expected: int) -> None:
+    available = size_of(elements.source) - elements.offset
+    if min(elements.length, available) < expected:
+        raise Refusal(
+            f"is truncated: its pixel data has {max(min(elements.length, available), 0)} bytes, "
+            f"its header says {expected}."
+        )
+
+
+def _check_decoder(syntax: UID) -> None:
+    try:
+        available = get_decoder(syntax).is_available
+    except NotImplementedError:
+        available = False
+    if not available:
+        raise Refusal(
+            f"is compressed as {syntax.name}, for which no decoder is installed; install pylibjpeg "
+            "with its plugins or convert the file."
+        )
+
+
+def _check_fragments(elements: Elements, size: tuple[int, int], frames: int) -> None:
+    """Walk the offset table and the fragments of compressed pixel data to the end marker (A.4).
+
+    A JPEG or JPEG 2000 stream says its own size, for which a decoder allocates memory: it is
+    compared with the header's before anything is decoded.
+    """
+    if elements.length != UNDEFINED_LENGTH:
+        raise Refusal(
+            f"is compressed, but its pixel data has a fixed length of {elements.length} bytes."
+        )
+    file, end = elements.source, size_of(elements.source)
+    file.seek(elements.offset)
+    count = total = 0
+    while (head := file.read(8))[:4] == _ITEM and len(head) == 8:
+        length = int.from_bytes(head[4:], "little")
+        start = file.tell()
+        if start + length > end:
+            raise Refusal("is truncated: its compressed pixel data ends within a fragment.")
+        if count:  # the first item is the offset table
+            total += length
+            found = stream_size(file.read(min(length, 1 << 16)))
+            if found is not None and found != size:
+                raise Refusal(
+                    f"holds a compressed image of {found[0]} x {found[1]} pixels, its header says "
+                    f"{size[0]} x {size[1]} (Rows x Columns)."
+                )
+        count += 1
+        file.seek(start + length)
+    if head[:4] != _SEQUENCE_DELIMITER:
+        raise Refusal("is truncated: its compressed pixel data has no end marker (FFFE,E0DD).")
+    if not total:
+        raise Refusal("has empty compressed pixel data, expected one frame.")
+    if count - 1 < frames:
+        raise Refusal(f"holds {count - 1} compressed frames, its header says {frames}.")
+
+
+def stream_size(data: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream announces; None for others.
+
+    Args:
+        data: the stream's beginning.
+    """
+    if (start := data.find(b"\xff\x4f\xff\x51", 0, 256)) >= 0 and len(data) >= start + 24:
+        x, y, x0, y0 = (
+            int.from_bytes(data[i : i + 4], "big") for i in range(start + 8, start + 24, 4)
+        )
+        return y - y0, x - x0
+    if data[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker == 0xF7 or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(
+                data[at + 7 : at + 9], "big"
+            )
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
