@@ -106,12 +106,26 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except Refusal as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {_printable(error)}") from error
     except Exception as error:
         # pydicom and the decoders answer damage with whatever breaks first: struct.error, EOFError,
         # KeyError, RuntimeError, NotImplementedError, MemoryError, ...
-        detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: is damaged ({detail}); export the file again.") from error
+        raise _damage(path, error) from error
+    except BaseException as error:
+        # pylibjpeg-rle is written in Rust, whose panics are no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _damage(path, error) from error
+
+
+def _damage(path: str | os.PathLike, error: BaseException) -> ValueError:
+    detail = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(f"{path}: is damaged ({_printable(detail)}); export the file again.")
+
+
+def _printable(message: object, limit: int = 300) -> str:
+    """A message without what a damaged header could do to a terminal or a line of a report."""
+    return "".join(c if c.isprintable() else "?" for c in str(message)[:limit])
 
 
 def read_headers(file: BinaryIO) -> tuple[list[Header], BinaryIO]:
