@@ -21,6 +21,11 @@ def add_ich_config(cfg: CN) -> None:
     # [level HU, width HU], one channel each; one window fills three channels. Images of 8 bit
     # (PNG, JPEG) are taken as windowed already.
     cfg.INPUT.WINDOWS = [[50.0, 100.0]]
+    # Slices on either side that become channels, 0 or 1; with 1, the one window is applied to the
+    # slice before, the slice and the slice after, along the slice normal.
+    cfg.INPUT.CONTEXT_SLICES = 0
+    # Folder in which decoded slices of compressed DICOM files are kept. "": none.
+    cfg.INPUT.CACHE_DIR = ""
     cfg.INPUT.AUG = CN()
     # Random translation, as a fraction of the image's width and height to either side. 0: off.
     cfg.INPUT.AUG.SHIFT = 0.0

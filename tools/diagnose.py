@@ -249,7 +249,7 @@ def detect(
         ValueError: naming a given file that cannot be decoded.
     """
     results, failed = [], []
-    outputs = diagnoser(entry.path for entry in slices)
+    outputs = diagnoser(slices)
     with contextlib.closing(outputs):
         for entry, found in track(
             progress, "detecting", zip(slices, outputs, strict=True), len(slices)
@@ -329,7 +329,7 @@ def draw_overlays(
     for entry, found in track(progress, "drawing", chosen, len(chosen)):
         # Read again: keeping all slices would take a series' size in memory.
         overlay = draw_overlay(
-            diagnoser.mapper.read_image(entry.path),
+            diagnoser.mapper.read_image(entry.path, entry.frame),
             found.boxes,
             found.scores,
             [classes[i] for i in found.classes],

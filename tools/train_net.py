@@ -26,7 +26,9 @@ from ich_det2.engine.setup import check_config, load_config, log_to_terminal
 def train(args, cfg) -> dict:
     """Trains and tests, or only tests, in each of the launched processes."""
     # Spawned processes start with empty registries of data.
-    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
+    register_ich_datasets(
+        cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, context=cfg.INPUT.CONTEXT_SLICES
+    )
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ich_det2")
     if args.eval_only:

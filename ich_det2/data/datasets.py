@@ -5,12 +5,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import pydicom
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image, UnidentifiedImageError
 
-from .dicom import check_dicom, read_identity
+from .context import find_context
+from .dicom import read_identity, read_size
 from .splits import find_images, read_patients
 from .voc import VocAnnotation, read_voc
 
@@ -20,7 +20,12 @@ logger = logging.getLogger(__name__)
 
 
 def register_ich_voc(
-    name: str, root: str | Path, split: str, classes: Sequence[str] = ("hemorrhage",)
+    name: str,
+    root: str | Path,
+    split: str,
+    classes: Sequence[str] = ("hemorrhage",),
+    *,
+    context: int = 0,
 ) -> None:
     """Registers a split of a VOC tree; nothing is read until the dataset is asked for.
 
@@ -29,25 +34,31 @@ def register_ich_voc(
         root: folder with ``Annotations/*.xml``, ``DICOM/*.dcm`` or ``JPEGImages/*``,
             ``ImageSets/Main/<split>.txt`` and, if at hand, ``patients.csv``.
         split: name of the list in ``ImageSets/Main``.
-        classes: see :func:`load_ich_voc`.
+        classes, context: see :func:`load_ich_voc`.
     """
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: load_ich_voc(root, split, classes))
+    DatasetCatalog.register(name, lambda: load_ich_voc(root, split, classes, context=context))
     MetadataCatalog.get(name).set(
         thing_classes=list(classes), ich_root=str(root), split=split, evaluator_type="ich"
     )
 
 
-def register_ich_datasets(root: str | Path, classes: Sequence[str] = ("hemorrhage",)) -> None:
+def register_ich_datasets(
+    root: str | Path, classes: Sequence[str] = ("hemorrhage",), *, context: int = 0
+) -> None:
     """Registers ``ich_train``, ``ich_val`` and ``ich_test`` of a VOC tree."""
     for split in SPLITS:
-        register_ich_voc(f"ich_{split}", root, split, classes)
+        register_ich_voc(f"ich_{split}", root, split, classes, context=context)
 
 
 def load_ich_voc(
-    root: str | Path, split: str, classes: Sequence[str] = ("hemorrhage",)
+    root: str | Path,
+    split: str,
+    classes: Sequence[str] = ("hemorrhage",),
+    *,
+    context: int = 0,
 ) -> list[dict]:
     """Reads a split of a VOC tree.
 
@@ -56,11 +67,13 @@ def load_ich_voc(
         split: name of the list in ``ImageSets/Main``.
         classes: one name takes every object as that class, whatever its name in the XML; several
             names keep the types, and an object of another name is an error.
+        context: neighbours on either side that become channels (INPUT.CONTEXT_SLICES).
 
     Returns:
         Dataset dicts in the list's order: ``file_name``, ``image_id`` (the file's stem),
         ``patient_id``, ``study_id``, ``height``, ``width``, ``annotations`` (empty for a healthy
-        slice; boxes XYXY_ABS, 0-based pixel edges), ``image_label`` (1 if there is a box).
+        slice; boxes XYXY_ABS, 0-based pixel edges), ``image_label`` (1 if there is a box); with
+        context ``context_files``, pairs of file name and None, see :func:`find_context`.
 
     Raises:
         FileNotFoundError: if the root, the list, or an image or annotation is not there.
@@ -75,6 +88,7 @@ def load_ich_voc(
         )
     image_ids = _read_image_ids(root, split)
     patients, images = read_patients(root), find_images(root)
+    beside = find_context(root, images, context) if context else {}
     dicts = []
     for image_id in image_ids:
         xml = root / "Annotations" / f"{image_id}.xml"
@@ -114,6 +128,8 @@ def load_ich_voc(
                 "image_label": int(len(annotations) > 0),
             }
         )
+        if context:
+            dicts[-1]["context_files"] = [(str(images[i]), None) for i in beside[image_id]]
     if dicts and not patients and all(d["patient_id"] == d["image_id"] for d in dicts):
         logger.warning(
             "%s has no patients.csv: each image counts as a patient of its own in the diagnosis.",
@@ -133,8 +149,6 @@ def check_images(dicts: Sequence[dict]) -> None:
     """
     for d in dicts:
         path = Path(d["file_name"])
-        if path.suffix.lower() == ".dcm":
-            check_dicom(path)
         width, height = _image_size(path)
         if (width, height) != (d["width"], d["height"]):
             raise ValueError(
@@ -184,8 +198,8 @@ def _find_image(
 def _image_size(path: Path) -> tuple[int, int]:
     """Width and height in pixels, from the header."""
     if path.suffix.lower() == ".dcm":
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-        return int(header.Columns), int(header.Rows)
+        height, width = read_size(path)
+        return width, height
     try:
         with Image.open(path) as image:
             return image.size

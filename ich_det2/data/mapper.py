@@ -12,7 +12,8 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from .augmentation import build_augmentation, shift_scale_transform
-from .dicom import apply_window, read_hu
+from .cache import SliceCache
+from .dicom import read_image, window_image
 
 
 class IchDatasetMapper:
@@ -30,15 +31,20 @@ class IchDatasetMapper:
         *,
         augmentations: Sequence[T.Augmentation | T.Transform],
         windows: Sequence[tuple[float, float]],
+        context_slices: int = 0,
+        cache_dir: str | Path = "",
     ):
         """
         Args:
             is_train: annotations become "instances"; without it they are dropped.
             augmentations: applied in this order.
             windows: 1 or 3 pairs (level HU, width HU).
+            context_slices: 0, or 1 for the slices before and after as channels of their own.
+            cache_dir: of a :class:`SliceCache`; "" for none.
 
         Raises:
-            ValueError: if there are not 1 or 3 windows, or one of them is no pair of numbers.
+            ValueError: if there are not 1 or 3 windows, or one of them is no pair of numbers, or
+                context is asked of several windows.
         """
         if len(windows) not in (1, 3) or any(np.shape(window) != (2,) for window in windows):
             raise ValueError(
@@ -46,7 +52,14 @@ class IchDatasetMapper:
             )
         if any(width <= 0 for _, width in windows):
             raise ValueError(f"INPUT.WINDOWS is {windows}, expected widths above 0 HU.")
+        if context_slices not in (0, 1) or context_slices and len(windows) != 1:
+            raise ValueError(
+                f"INPUT.CONTEXT_SLICES is {context_slices} with {len(windows)} windows, expected 0,"
+                " or 1 with one window: there are three channels."
+            )
         self.is_train = is_train
+        self.context_slices = context_slices
+        self.cache = SliceCache(cache_dir) if cache_dir else None
         self.augmentations = T.AugmentationList(augmentations)
         self.windows = [(float(level), float(width)) for level, width in windows]
 
@@ -56,13 +69,16 @@ class IchDatasetMapper:
             "is_train": is_train,
             "augmentations": build_augmentation(cfg, is_train),
             "windows": cfg.INPUT.WINDOWS,
+            "context_slices": cfg.INPUT.CONTEXT_SLICES,
+            "cache_dir": cfg.INPUT.CACHE_DIR,
         }
 
-    def read_image(self, path: str | Path) -> np.ndarray:
+    def read_image(self, path: str | Path, frame: int | None = None) -> np.ndarray:
         """Reads a slice as grey values.
 
         Args:
             path: DICOM, or an image of 8 bit.
+            frame: 0-based, of a DICOM file of several frames.
 
         Returns:
             uint8 (H, W, C), C the number of windows; 1 for an image of 8 bit.
@@ -70,20 +86,45 @@ class IchDatasetMapper:
         Raises:
             ValueError: naming the file, if it cannot be read.
         """
+        return self._read_slice(path, frame)[0]
+
+    def _read_slice(self, path: str | Path, frame: int | None) -> tuple[np.ndarray, float]:
+        """A slice as grey values, and the height of its pixels over their width."""
         path = Path(path)
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            return _read_windowed(path)
-        hu = read_hu(path)
-        # 256 grey levels are finer than a CT's noise, and let Detectron2 resize with the
-        # antialiasing that it has for uint8 alone.
-        windows = [apply_window(hu, level, width) for level, width in self.windows]
-        return np.stack([np.rint(w * 255).astype(np.uint8) for w in windows], axis=-1)
+            return _read_windowed(path), 1.0
+        image = read_image(path, frame, cache=self.cache)
+        rows, columns = image.spacing_mm
+        ratio = rows / columns if rows > 0 else 1.0
+        if not 0.2 < ratio < 5:
+            raise ValueError(
+                f"{path}: Pixel Spacing (0028,0030) is {rows:g}\\{columns:g} mm, expected pixels"
+                " that are not more than five times as long as wide."
+            )
+        return window_image(image.hu, self.windows), ratio
+
+    def _read_context(self, dataset_dict: dict, image: np.ndarray) -> np.ndarray:
+        """The slices before and after a slice, uint8 (H, W, 1), as channels around it."""
+        files = dataset_dict.pop("context_files", None)
+        if files is None or len(files) != 2 * self.context_slices + 1:
+            raise ValueError(
+                f"{dataset_dict['file_name']}: INPUT.CONTEXT_SLICES is {self.context_slices}, but"
+                " the dataset does not say which slices are its neighbours; register it by"
+                f" register_ich_voc(..., context={self.context_slices})."
+            )
+        channels = [image] * len(files)
+        for i, (path, frame) in enumerate(files):
+            if (str(path), frame) != (dataset_dict["file_name"], dataset_dict.get("frame")):
+                beside = self.read_image(path, frame)
+                if beside.shape == image.shape:
+                    channels[i] = beside
+        return np.concatenate(channels, axis=-1)
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
         Args:
-            dataset_dict: see ``load_ich_voc``; "shift_scale" (of ``expand_dataset``) is applied
-                before the augmentations.
+            dataset_dict: see ``load_ich_voc``; "frame" may name a frame of a DICOM file of
+                several; "shift_scale" (of ``expand_dataset``) is applied before the augmentations.
 
         Returns:
             A copy with "image", float32 (3, H, W) in 0..255, and in training "instances".
@@ -92,15 +133,23 @@ class IchDatasetMapper:
             ValueError: naming the file, if it cannot be read.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        image = self.read_image(dataset_dict["file_name"])
+        image, pixel_ratio = self._read_slice(dataset_dict["file_name"], dataset_dict.get("frame"))
         utils.check_image_size(dataset_dict, image)
+        if self.context_slices:
+            image = self._read_context(dataset_dict, image)
         annotations = dataset_dict.pop("annotations", None)
 
         aug_input = T.AugInput(image)
         transforms = T.TransformList([])
+        if abs(pixel_ratio - 1) > 0.01:
+            # As round as the head is; a detector's boxes are scaled back along each axis.
+            height, width = image.shape[:2]
+            square = T.ResizeTransform(height, width, round(height * pixel_ratio), width)
+            aug_input.transform(square)
+            transforms += square
         fixed = dataset_dict.pop("shift_scale", None)
         if fixed is not None:
-            fixed = shift_scale_transform(image.shape[:2], *fixed)
+            fixed = shift_scale_transform(aug_input.image.shape[:2], *fixed)
             aug_input.transform(fixed)
             transforms += fixed
         transforms += self.augmentations(aug_input)

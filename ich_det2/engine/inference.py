@@ -3,6 +3,7 @@
 Sizes: H, W are an image's rows and columns, M its boxes.
 """
 
+import math
 import os
 import re
 from collections import deque
@@ -19,7 +20,7 @@ import yaml
 from detectron2.config import CfgNode
 from PIL import Image
 
-from ..data.dicom import check_dicom, read_series
+from ..data.dicom import CT_STORAGE, may_be_head, neighbours, read_series, sort_frames
 from ..data.mapper import IchDatasetMapper
 from ..data.splits import IMAGE_FOLDERS, read_patients
 from .setup import load_config, load_trained, needs_anchors
@@ -33,7 +34,6 @@ REMOVED = "[removed]"
 
 # Enough to hide the decoding of most files behind a network; each holds one slice in memory.
 _READERS = 4
-_CT_STORAGE = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # CT, Enhanced CT
 _HEADER = (
     "SOPClassUID",
     "Modality",
@@ -43,8 +43,7 @@ _HEADER = (
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "SOPInstanceUID",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
+    "BodyPartExamined",
 )
 
 
@@ -62,6 +61,8 @@ class Slice:
         index: 0-based; along the slice normal in a DICOM series, else by file name.
         given: named by the user, not found in a folder.
         patient_id, series_uid, sop_uid: as in the header; empty where there is none.
+        frame: 0-based, in a file of several; else None.
+        context_files: file and frame of the slice before, this one and the one after.
     """
 
     path: Path
@@ -73,6 +74,8 @@ class Slice:
     patient_id: str
     series_uid: str
     sop_uid: str
+    frame: int | None = None
+    context_files: tuple[tuple[str, int | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,18 +127,21 @@ def find_slices(
     found += _find_given([path for path in inputs if not path.is_dir()])
 
     # Several inputs may hold the same file, or the same image in different files.
-    images: dict[str, _Found] = {}
-    unique: dict[Path, _Found] = {}
+    images: dict[tuple, _Found] = {}
+    unique: dict[tuple, _Found] = {}
     for entry in found:
         resolved = entry.path.resolve()
-        first = images.setdefault(entry.header["SOPInstanceUID"] or str(resolved), entry)
+        uid = entry.header["SOPInstanceUID"]
+        first = images.setdefault((uid or str(resolved), entry.frame), entry)
         if first is entry:
-            unique[resolved] = entry
-        elif resolved not in unique:
+            unique[resolved, entry.frame] = entry
+        elif (resolved, entry.frame) not in unique:
             entry.reason = f"repeats the image {first.file} (SOP Instance UID)."
             skipped.append(entry)
     skipped = {entry.path.resolve(): entry for entry in skipped}
-    skipped = [entry for path, entry in skipped.items() if path not in unique]
+    used = {path for path, _ in unique}
+    skipped = [entry for path, entry in skipped.items() if path not in used]
+    uids = {uid for uid, _ in images}
     unique = list(unique.values())
     if not unique:
         raise ValueError(_nothing_found(inputs, skipped))
@@ -148,7 +154,7 @@ def find_slices(
     owners: list[tuple[_Found, bool, set[tuple]]] = []
     for entry in skipped:
         alike = entry.is_blank and (entry.path.parent, entry.suffix) in kinds
-        lost = (entry.looks_like_slice or alike) and entry.header["SOPInstanceUID"] not in images
+        lost = (entry.looks_like_slice or alike) and entry.header["SOPInstanceUID"] not in uids
         keys = beside.get(entry.path.parent, set()) if entry.is_blank else {entry.patient_key}
         owners.append((entry, lost, keys if lost else set()))
 
@@ -171,6 +177,7 @@ def find_slices(
     for key in patients:
         series = sorted(groups.get(key, {}).items())
         for number, (_, entries) in enumerate(series, start=1):
+            beside = _context(entries)
             for index, entry in enumerate(entries):
                 slices.append(
                     Slice(
@@ -183,6 +190,10 @@ def find_slices(
                         patient_id=entry.header["PatientID"] or entry.listed_patient,
                         series_uid=entry.header["SeriesInstanceUID"],
                         sop_uid=entry.header["SOPInstanceUID"],
+                        frame=entry.frame,
+                        context_files=tuple(
+                            (os.fspath(entries[i].path), entries[i].frame) for i in beside[index]
+                        ),
                     )
                 )
     return slices, [
@@ -199,18 +210,32 @@ def find_slices(
 class _Found:
     """A file on the way to a :class:`Slice` or a :class:`Skipped`."""
 
-    def __init__(self, path: Path, folder: Path | None, *, group: int = 0, reason: str = ""):
+    def __init__(
+        self,
+        path: Path,
+        folder: Path | None,
+        *,
+        group: int = 0,
+        reason: str = "",
+        frame: int | None = None,
+        position: float = math.nan,
+    ):
         """
         Args:
             path: the file.
             folder: the given folder in which it was found.
             group: tells series of one UID apart.
             reason: why it is skipped.
+            frame: in a file of several.
+            position: along the slice normal, mm.
         """
         self.path = path
+        self.frame, self.position = frame, position
         name = path.name if folder is None else path.relative_to(folder).as_posix()
         # Names of files need not be text.
         self.file = os.fsencode(name).decode("utf-8", "replace")
+        if frame is not None:
+            self.file += f"#{frame + 1}"
         self.reason = reason
         self.is_image = path.suffix.lower() in IMAGE_SUFFIXES
         self.header = dict.fromkeys(_HEADER, "") if self.is_image else _read_header(path)
@@ -242,15 +267,18 @@ class _Found:
             return self.is_image or self.suffix in IMAGE_FOLDERS["DICOM"]
         return (
             self.header["Modality"] in ("", "CT")
-            and self.header["SOPClassUID"] in ("", *_CT_STORAGE)
+            and self.header["SOPClassUID"] in ("", *CT_STORAGE)
             and "LOCALIZER" not in self.header["ImageType"].upper()
+            and may_be_head(self.header["BodyPartExamined"])
         )
 
 
 def _find_in_folder(folder: Path) -> tuple[list[_Found], list[_Found]]:
     series, unusable = read_series(folder)
     found = [
-        _Found(path, folder, group=i) for i, group in enumerate(series) for path in group.files
+        _Found(path, folder, group=i, frame=frame, position=position)
+        for i, s in enumerate(series)
+        for path, frame, position in zip(s.files, s.frames, s.positions_mm, strict=True)
     ]
     images, skipped = [], []
     root = folder.resolve()
@@ -272,11 +300,20 @@ def _find_given(paths: Sequence[Path]) -> list[_Found]:
         if path.suffix.lower() in IMAGE_SUFFIXES:
             if fault := _image_fault(path):
                 raise ValueError(f"{path}: {fault}")
+            found.append(_Found(path, None))
         else:
-            check_dicom(path)
-        found.append(_Found(path, None))
+            slices = sort_frames(path)
+            found += [_Found(path, None, frame=f, position=position) for f, position in slices]
     # Files of one series may be given one by one; `read_series` takes folders alone.
-    return sorted(found, key=lambda entry: (_height(entry.header), _natural(entry.file)))
+    return sorted(found, key=lambda e: (np.nan_to_num(e.position), _natural(e.file)))
+
+
+def _context(entries: Sequence[_Found]) -> list[list[int]]:
+    """For each slice of a series which one is before it and after it, and itself between."""
+    positions = [entry.position for entry in entries]
+    if np.isnan(positions).any():
+        return [[i, i, i] for i in range(len(entries))]
+    return neighbours(positions).tolist()
 
 
 def _image_fault(path: Path) -> str:
@@ -308,17 +345,6 @@ def _read_header(path: Path) -> dict:
         dataset.file_meta.get("MediaStorageSOPClassUID", "")
     )
     return header
-
-
-def _height(header: dict) -> float:
-    """Position along the slice normal, mm; 0 where the header does not say."""
-    position, rows_columns = (
-        np.array([float(x) for x in re.findall(r"-?\d[\d.eE+-]*", header[key])])
-        for key in ("ImagePositionPatient", "ImageOrientationPatient")
-    )
-    if position.size != 3 or rows_columns.size != 6:
-        return 0.0
-    return float(position @ np.cross(rows_columns[:3], rows_columns[3:]))
 
 
 @cache
@@ -365,11 +391,14 @@ def _natural(text: str) -> tuple:
     return tuple((int(x), "") if x.isdigit() else (-1, x) for x in re.split(r"([0-9]+)", text))
 
 
-def _reason(error: Exception, path: Path) -> str:
-    """An error's first line without the path of the file, which says where a user's data are."""
+def _reason(error: Exception, path: Path, *others: Path) -> str:
+    """An error's first line without the path of a file, which says where a user's data are."""
     text = (str(error).splitlines() or [type(error).__name__])[0].strip()
     text = text.removeprefix(f"{path}: ").removeprefix(f"{path} ")
-    return text.replace(os.fspath(path.absolute()), path.name).replace(os.fspath(path), path.name)
+    for known in (path, *others):
+        text = text.replace(os.fspath(known.absolute()), known.name)
+        text = text.replace(os.fspath(known), known.name)
+    return text
 
 
 # ---- the model -------------------------------------------------------------------------------
@@ -476,17 +505,18 @@ class Diagnoser:
         mapper = IchDatasetMapper(cfg, is_train=False)
         return cls(model, mapper, batch_size=batch_size or cfg.TEST.BATCH_SIZE)
 
-    def __call__(self, paths: Iterable[Path]) -> Iterator[Detections | ValueError]:
+    def __call__(self, slices: Iterable[Slice]) -> Iterator[Detections | ValueError]:
         """
         Args:
-            paths: slices. Not more of them than a few batches are in memory at a time.
+            slices: of :func:`find_slices`. Not more of them than a few batches are in memory at a
+                time.
 
         Yields:
-            For each path in its order what was found, or why it cannot be decoded (in words that
+            For each slice in its order what was found, or why it cannot be decoded (in words that
             do not hold the path).
         """
         waiting: list[dict | ValueError] = []
-        for item in self._read_ahead(paths):
+        for item in self._read_ahead(slices):
             sizes = {x["image"].shape for x in waiting if isinstance(x, dict)}
             # Images of different size would be padded, which changes what is found on them.
             if isinstance(item, dict) and sizes and item["image"].shape not in sizes:
@@ -498,13 +528,13 @@ class Diagnoser:
                 waiting = []
         yield from self._detect(waiting)
 
-    def _read_ahead(self, paths: Iterable[Path]) -> Iterator[dict | ValueError]:
+    def _read_ahead(self, slices: Iterable[Slice]) -> Iterator[dict | ValueError]:
         """Mapped inputs in order, decoded by threads at most two batches ahead."""
         pool = ThreadPoolExecutor(_READERS)
         try:
             pending = deque()
-            for path in paths:
-                pending.append(pool.submit(self._read, path))
+            for entry in slices:
+                pending.append(pool.submit(self._read, entry))
                 if len(pending) > 2 * self.batch_size:
                     yield pending.popleft().result()
             while pending:
@@ -512,11 +542,13 @@ class Diagnoser:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, path: Path) -> dict | ValueError:
+    def _read(self, entry: Slice) -> dict | ValueError:
+        context = entry.context_files
+        inputs = {"file_name": os.fspath(entry.path), "frame": entry.frame}
         try:
-            return self.mapper({"file_name": os.fspath(path)})
+            return self.mapper(inputs | {"context_files": context})
         except Exception as error:  # decoders answer damage with many kinds of errors
-            return ValueError(_reason(error, path))
+            return ValueError(_reason(error, entry.path, *(Path(path) for path, _ in context)))
 
     def _detect(self, items: Sequence[dict | ValueError]) -> Iterator[Detections | ValueError]:
         inputs = [x for x in items if isinstance(x, dict)]

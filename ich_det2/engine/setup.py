@@ -102,7 +102,9 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the"
             f" {num_processes} processes."
         )
-    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
+    register_ich_datasets(
+        cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, context=cfg.INPUT.CONTEXT_SLICES
+    )
     splits = () if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL)
     patients: dict[str, str] = {}
     for name in dict.fromkeys((*splits, *cfg.DATASETS.TEST)):

@@ -109,7 +109,7 @@ def test_real_series_as_one_multi_frame_file(tmp_path):
     assert found.spacing_mm == pytest.approx(series.spacing_mm)
     assert found.positions_mm == pytest.approx(series.positions_mm)
     assert found.tilt_deg == pytest.approx(series.tilt_deg)
-    assert sort_frames(path) == list(found.frames)
+    assert sort_frames(path) == list(zip(found.frames, found.positions_mm))
     for frame, source in zip(found.frames, series.files, strict=True):
         assert np.array_equal(read_hu(path, frame), read_hu(source))
 
@@ -256,7 +256,7 @@ def test_frames_have_their_own_position_and_rescale(write_enhanced, syntax):
     assert skipped == []
     assert series.frames == (1, 2, 0) and series.positions_mm == (-5, 2, 10)
     assert series.spacing_mm == (7.5, 0.5, 0.5)
-    assert sort_frames(path) == [1, 2, 0]
+    assert sort_frames(path) == [(1, -5), (2, 2), (0, 10)]
 
 
 def test_frames_are_named_and_counted(write_enhanced):

@@ -256,3 +256,22 @@ def test_file_that_cannot_be_read_is_named(slice_of, kind, damage):
 def test_size_that_is_not_the_annotations_is_an_error(slice_of):
     with pytest.raises(ValueError, match=r"a\.png.*\(128, 96\).*\(64, 96\)"):
         make_mapper()(slice_of() | {"width": 64})
+
+
+# ---- pixels that are not square ----------------------------------------------------------------
+
+
+def test_pixels_become_square_and_boxes_follow(voc_tree):
+    header = {"a": {"PixelSpacing": [0.8, 0.4]}}  # rows twice as far apart as columns
+    root = voc_tree({"a": [("EDH", BOX)]}, kind="dicom", size=(128, 96), header=header)
+    output = make_mapper()(load_ich_voc(root, "train")[0])
+    assert output["image"].shape == (3, 192, 128)
+    assert (output["height"], output["width"]) == (96, 128)  # a detector scales its boxes back
+    assert box_of(output) == [60, 40, 100, 88]
+    assert bright_box(output["image"]) == pytest.approx(box_of(output), abs=1.5)
+
+
+def test_impossible_pixel_spacing_is_an_error(voc_tree):
+    root = voc_tree({"a": []}, kind="dicom", header={"a": {"PixelSpacing": [400, 0.4]}})
+    with pytest.raises(ValueError, match=r"a\.dcm: Pixel Spacing \(0028,0030\) is 400\\0.4 mm"):
+        make_mapper()(load_ich_voc(root, "train")[0])

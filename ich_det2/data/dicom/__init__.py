@@ -12,9 +12,8 @@ from .pixels import (
     read_identity,
     read_image,
     read_size,
-    read_sop_uid,
 )
-from .series import CTSeries, neighbours, read_series, sort_frames
+from .series import CTSeries, may_be_head, neighbours, read_place, read_series, sort_frames
 from .window import apply_window, window_image
 
 __all__ = [
@@ -26,13 +25,14 @@ __all__ = [
     "CTSeries",
     "apply_window",
     "check_dicom",
+    "may_be_head",
     "neighbours",
     "read_hu",
     "read_identity",
     "read_image",
+    "read_place",
     "read_series",
     "read_size",
-    "read_sop_uid",
     "sort_frames",
     "window_image",
 ]

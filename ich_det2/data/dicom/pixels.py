@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from pydicom.pixels import pixel_array
@@ -17,6 +18,12 @@ from .header import Header, naming, numbers, read_headers, text
 AIR_HU = -1000.0
 """HU given to padding: the value of air, which a scanner that does not pad would show around the
 head. It lies below every diagnostic window of the head, so padding is black in each."""
+
+
+class Cache(Protocol):
+    """What ``read_image`` asks of a cache, see ``ich_det2.data.cache``."""
+
+    def get(self, key: tuple[Hashable, ...], make: Callable[[], np.ndarray]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -60,20 +67,30 @@ def read_hu(path: str | os.PathLike, frame: int | None = None) -> np.ndarray:
     return read_image(path, frame).hu
 
 
-def read_image(path: str | os.PathLike, frame: int | None = None) -> CTImage:
-    """Read one CT slice with its pixel spacing and windows; arguments and errors of ``read_hu``."""
+def read_image(
+    path: str | os.PathLike, frame: int | None = None, *, cache: Cache | None = None
+) -> CTImage:
+    """Read one CT slice with its pixel spacing and windows.
+
+    Args:
+        path, frame: as ``read_hu``.
+        cache: keeps the HU of compressed slices, which take long to decode.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_hu``.
+    """
     with naming(path), open(path, "rb") as file:
-        header, source = _header(file, path, frame)
-        if header.compressed:
-            stored, words = _decode(path, header), None
+        header, source = _header(file, frame)
+        sop_uid = text(header.values, "SOPInstanceUID")
+        if not header.compressed:
+            hu = _to_hu(*_read_words(source, header), header)
+        elif cache is None:
+            hu = _to_hu(_decode(path, header), None, header)
         else:
-            stored, words = _read_words(source, header)
-        return CTImage(
-            hu=_to_hu(stored, words, header),
-            spacing_mm=header.spacing_mm,
-            windows=_windows(header),
-            sop_uid=text(header.values, "SOPInstanceUID"),
-        )
+            stat = os.fstat(file.fileno())
+            key = (os.path.abspath(path), header.frame, stat.st_size, stat.st_mtime_ns, sop_uid)
+            hu = cache.get(key, lambda: _to_hu(_decode(path, header), None, header))
+        return CTImage(hu, header.spacing_mm, _windows(header), sop_uid)
 
 
 def check_dicom(path: str | os.PathLike, frame: int | None = None) -> None:
@@ -91,7 +108,7 @@ def check_dicom(path: str | os.PathLike, frame: int | None = None) -> None:
         ValueError: as ``read_hu``.
     """
     with naming(path), open(path, "rb") as file:
-        _header(file, path, frame)
+        _header(file, frame)
 
 
 def read_identity(path: str | os.PathLike) -> tuple[str, str]:
@@ -112,20 +129,14 @@ def read_identity(path: str | os.PathLike) -> tuple[str, str]:
         return text(values, "PatientID"), text(values, "StudyInstanceUID")
 
 
-def read_sop_uid(path: str | os.PathLike) -> str:
-    """SOP Instance UID, empty where the file does not say; errors of ``read_hu``."""
-    with naming(path), open(path, "rb") as file:
-        return text(read_headers(file)[0][0].values, "SOPInstanceUID")
-
-
 def read_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Rows and Columns; errors of ``read_hu``."""
+    """Rows and Columns of a slice that passes ``check_dicom``; errors of ``read_hu``."""
     with naming(path), open(path, "rb") as file:
-        header = read_headers(file)[0][0]
+        header, _ = _header(file, None)
         return header.rows, header.columns
 
 
-def _header(file: BinaryIO, path: str | os.PathLike, frame: int | None) -> tuple[Header, BinaryIO]:
+def _header(file: BinaryIO, frame: int | None) -> tuple[Header, BinaryIO]:
     headers, source = read_headers(file)
     if frame is None and len(headers) > 1:
         raise Refusal(

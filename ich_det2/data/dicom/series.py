@@ -108,20 +108,45 @@ def read_series(
     return series, sorted(skipped)
 
 
-def sort_frames(path: str | os.PathLike) -> list[int | None]:
-    """The frames of a file along the slice normal; ``[None]`` for a file of a single slice.
+def may_be_head(body_part: str) -> bool:
+    """Whether a Body Part Examined (0018,0015) names the head, or nothing."""
+    letters = re.sub(r"[^A-Z]", "", body_part.upper())
+    return not letters or any(word in letters for word in HEAD_PARTS)
+
+
+def sort_frames(path: str | os.PathLike) -> list[tuple[int | None, float]]:
+    """The slices of a file along the slice normal.
+
+    Returns:
+        Pairs of the 0-based frame, None in a file of a single slice, and the position in mm, NaN
+        where the file does not say.
 
     Raises:
         FileNotFoundError, ValueError: as ``read_hu``.
     """
     with naming(path), open(path, "rb") as file:
-        headers = read_headers(file)[0]
-    if len(headers) == 1:
-        return [None]
-    slices = [_slice(Path(path), header) for header in headers]
+        slices = [_slice(Path(path), header) for header in read_headers(file)[0]]
     if any(s.position is None for s in slices):
-        return [s.frame for s in slices]
-    return [f for group in _split_orientations(slices) for f in _sort_series(group).frames]
+        return [(s.frame, math.nan) for s in slices]
+    series = map(_sort_series, _split_orientations(slices))
+    return [pair for s in series for pair in zip(s.frames, s.positions_mm)]
+
+
+def read_place(path: str | os.PathLike) -> tuple[str, float]:
+    """Where the slice of a file lies.
+
+    Returns:
+        Series Instance UID, and the position along the slice normal in mm; empty and NaN where
+        the file does not say.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_hu``.
+    """
+    with naming(path), open(path, "rb") as file:
+        entry = _slice(Path(path), read_headers(file)[0][0])
+    if entry.position is None:
+        return entry.series_uid, math.nan
+    return entry.series_uid, float(entry.position @ np.cross(*entry.directions))
 
 
 def neighbours(positions_mm: Sequence[float], reach: int = 1) -> np.ndarray:
@@ -201,8 +226,8 @@ def _read_slices(path: Path) -> list[_Slice]:
         headers = [h for h in headers if "LOCALIZER" not in text(h.values, "ImageType").upper()]
         if not headers:
             raise Refusal("is a localizer (scout), not a slice.")
-        part = re.sub(r"[^A-Z]", "", text(values, "BodyPartExamined").upper())
-        if part and not any(word in part for word in HEAD_PARTS):
+        part = text(values, "BodyPartExamined")
+        if not may_be_head(part):
             raise Refusal(f"{label('BodyPartExamined')} is {part}, expected a head.")
         if not text(values, "SeriesInstanceUID"):
             raise Refusal(f"has no {label('SeriesInstanceUID')}.")

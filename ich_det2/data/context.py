@@ -1,0 +1,69 @@
+"""Which slices lie before and after each slice of a VOC tree."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from .dicom import neighbours, read_place
+
+
+def find_context(root: str | Path, images: Mapping[str, Path], reach: int) -> dict[str, list[str]]:
+    """The neighbours of each image within its series, for channels of context.
+
+    DICOM files say which series they are of and where they lie. For PNG and JPEG ``patients.csv``
+    has to say it in the columns ``series`` (or else ``study`` or ``patient``) and ``position_mm``,
+    along the slice normal.
+
+    Args:
+        root: folder of the VOC tree.
+        images: file by image id, of ``find_images``: all of the tree, whatever their split.
+        reach: neighbours on either side.
+
+    Returns:
+        2 ``reach`` + 1 image ids by image id, ascending along the slice normal; the image itself
+        is in the middle, and where there is no neighbour the nearest stands in.
+
+    Raises:
+        ValueError: naming an image whose place is not known.
+    """
+    listed = _listed_places(Path(root) / "patients.csv")
+    series: dict[str, list[tuple[str, float]]] = {}
+    for image, path in images.items():
+        if path.suffix.lower() == ".dcm":
+            uid, position = read_place(path)
+        else:
+            uid, position = listed.get(image, ("", math.nan))
+        if not uid or math.isnan(position):
+            raise ValueError(
+                f"{path}: its place in a series is not known, which INPUT.CONTEXT_SLICES needs;"
+                " DICOM has Image Position (Patient) (0020,0032), for PNG and JPEG add the columns"
+                f" series and position_mm to {Path(root) / 'patients.csv'}."
+            )
+        series.setdefault(uid, []).append((image, position))
+    context = {}
+    for members in series.values():
+        names = np.array([image for image, _ in members], dtype=object)
+        table = neighbours([position for _, position in members], reach)
+        context.update(zip(names, (names[row].tolist() for row in table), strict=True))
+    return context
+
+
+def _listed_places(path: Path) -> dict[str, tuple[str, float]]:
+    places = {}
+    if not path.is_file():
+        return places
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            row = {(key or "").strip().lower(): (value or "") for key, value in row.items() if key}
+            try:
+                position = float(row.get("position_mm", ""))
+            except ValueError:
+                position = math.nan
+            series = row.get("series") or row.get("study") or row.get("patient") or ""
+            places[row.get("image", "").strip()] = (series.strip(), position)
+    return places

@@ -1,0 +1,80 @@
+"""Neighbouring slices as channels, in a VOC tree of DICOM or of pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ich_det2.data import IchDatasetMapper, load_ich_voc
+
+NAMES = ["c", "a", "d", "b"]  # from the feet to the head
+GREY = {"c": 10, "a": 20, "d": 30, "b": 40}
+
+
+@pytest.fixture
+def tree(voc_tree, write_ct):
+    """Factory of a tree of one series; a slice's grey value says which it is."""
+
+    def make(kind, heights=(0, 5, 10, 15), columns="image,patient,series,position_mm"):
+        root = voc_tree({name: [] for name in NAMES[:2]}, kind=kind)
+        voc_tree({name: [] for name in NAMES[2:]}, split="val", kind=kind)
+        rows = [f"{n},p,s,{z}" for n, z in zip(NAMES, heights, strict=True)]
+        (root / "patients.csv").write_text("\n".join([columns, *rows]) + "\n")
+        for name, height in zip(NAMES, heights, strict=True):
+            hu = np.full((48, 64), GREY[name] / 255 * 100)
+            if kind == "dicom":
+                write_ct(
+                    root / "DICOM" / f"{name}.dcm", hu, SeriesInstanceUID="1.2",
+                    ImagePositionPatient=[0, 0, height],
+                    ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+                )  # fmt: skip
+            else:
+                grey = np.full((48, 64), GREY[name], np.uint8)
+                Image.fromarray(grey).save(root / "JPEGImages" / f"{name}.png")
+        return root
+
+    return make
+
+
+def channels(root, split="train"):
+    """The mean of each channel, by image."""
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[50, 100]], context_slices=1)
+    dicts = load_ich_voc(root, split, context=1)
+    return {d["image_id"]: mapper(d)["image"].mean((1, 2)).tolist() for d in dicts}
+
+
+@pytest.mark.parametrize("kind", ["png", "dicom"])
+def test_before_the_slice_itself_and_after(tree, kind):
+    # Neighbours are found across the splits: they are of the same patient.
+    root, tolerance = tree(kind), 0 if kind == "png" else 1.5  # HU of the file are whole numbers
+    assert channels(root) == {
+        "c": pytest.approx([10, 10, 20], abs=tolerance),
+        "a": pytest.approx([10, 20, 30], abs=tolerance),
+    }
+    assert channels(root, "val") == {
+        "d": pytest.approx([20, 30, 40], abs=tolerance),
+        "b": pytest.approx([30, 40, 40], abs=tolerance),
+    }
+
+
+def test_beyond_a_gap_there_is_no_neighbour(tree):
+    assert channels(tree("png", heights=(0, 5, 20, 25)))["a"] == [10, 20, 20]
+
+
+def test_pictures_without_positions_are_an_error(tree):
+    root = tree("png", columns="image,patient,series,other")
+    with pytest.raises(
+        ValueError, match=r"a\.png: its place in a series is not known.*position_mm"
+    ):
+        channels(root)
+
+
+def test_a_dataset_without_context_is_an_error(tree):
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[50, 100]], context_slices=1)
+    d = load_ich_voc(tree("png"), "train")[0]
+    with pytest.raises(ValueError, match=r"register_ich_voc\(\.\.\., context=1\)"):
+        mapper(d)
+
+
+def test_three_windows_leave_no_channel_for_context():
+    with pytest.raises(ValueError, match="INPUT.CONTEXT_SLICES is 1 with 3 windows"):
+        IchDatasetMapper(False, augmentations=[], windows=[[50, 100]] * 3, context_slices=1)
