@@ -9,12 +9,13 @@ ROOT = Path(__file__).parent
 
 setup(
     name="ich_det2",
-    version=re.search(r'__version__ = "(.+)"', (ROOT / "ich_det2/__init__.py").read_text())[1],
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "ich_det2/version.py").read_text())[1],
     description="Cost-sensitive Faster R-CNN for intracranial hemorrhage on head CT (Detectron2)",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["ich_det2", "ich_det2.*"]),
+    package_data={"ich_det2.evaluation": ["*.jinja"]},
     python_requires=">=3.10",
     # Detectron2 is not listed: no official release stands on PyPI.
     install_requires=[

@@ -6,8 +6,6 @@ its config keys. Nothing of Detectron2 is patched.
 
 import importlib.util
 
-__version__ = "0.1.0"
-
 if importlib.util.find_spec("detectron2") is None:
     raise ImportError(
         "ich_det2 extends Detectron2, which is not installed in this environment: run `make setup`"
@@ -16,5 +14,6 @@ if importlib.util.find_spec("detectron2") is None:
 
 from . import modeling as _  # noqa: F401  only registration
 from .config import add_ich_config
+from .version import __version__
 
 __all__ = ["__version__", "add_ich_config"]

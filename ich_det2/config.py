@@ -104,7 +104,26 @@ def add_ich_config(cfg: CN) -> None:
     cfg.TEST.DIAGNOSIS.THRESHOLDS = [round(0.05 * i, 2) for i in range(1, 20)]
     # A slice (patient) is called positive if its score is at least this.
     cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD = 0.5
-    # Metric on DATASETS.VAL that picks model_best.pth, larger is better; e.g. bbox/AP50.
+    # Cost of a missed bleed, in false alarms; of the expected cost.
+    cfg.TEST.DIAGNOSIS.COST_RATIO = 10.0
+    # From slices to the patient: any, at_least_<m> (slices), top_<k>_mean (of scores), noisy_or.
+    # The first makes the diagnosis, the others are reported beside it.
+    cfg.TEST.DIAGNOSIS.PATIENT_RULES = ["any", "at_least_2", "top_3_mean", "noisy_or"]
+    cfg.TEST.DIAGNOSIS.OPERATING_POINT = CN()
+    # How the best model's threshold is chosen on DATASETS.VAL, before DATASETS.TEST is touched:
+    # fixed (OPERATING_THRESHOLD), recall, youden, f2 or cost. It is written to
+    # OUTPUT_DIR/operating_point.json, and used by every later evaluation of these weights.
+    cfg.TEST.DIAGNOSIS.OPERATING_POINT.RULE = "fixed"
+    # Where the rule is applied: image or patient.
+    cfg.TEST.DIAGNOSIS.OPERATING_POINT.LEVEL = "image"
+    # The least recall that the rule "recall" asks for.
+    cfg.TEST.DIAGNOSIS.OPERATING_POINT.TARGET_RECALL = 0.95
+    # Draws of the bootstrap over patients.
+    cfg.TEST.DIAGNOSIS.RESAMPLES = 2000
+    # Training stops after so many validations without a better BEST_METRIC. 0: off.
+    cfg.TEST.DIAGNOSIS.PATIENCE = 0
+    # Metric on DATASETS.VAL that picks model_best.pth, e.g. bbox/AP50; larger is better, but
+    # for a cost.
     cfg.TEST.DIAGNOSIS.BEST_METRIC = "diagnosis/image_auc"
     # Images per batch in evaluation and tools/diagnose.py.
     cfg.TEST.BATCH_SIZE = 4

@@ -1,9 +1,13 @@
 """Files that appear whole or not at all."""
 
 import contextlib
+import csv
+import hashlib
+import json
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -25,3 +29,34 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: str | Path, fields: Sequence[str], rows: Sequence[dict]) -> None:
+    """Writes rows to a CSV file, whole or not at all."""
+    with write_atomically(path) as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: str | Path, content) -> None:
+    """Writes plain values as JSON, whole or not at all; JSON has no NaN or infinity: null."""
+    with write_atomically(path) as file:
+        json.dump(_finite(content), file, indent=2)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -34,9 +34,8 @@ from ich_det2.data.voc import read_voc
 from ich_det2.engine.setup import load_config
 from ich_det2.evaluation.boxes import average_precision, box_recall
 from ich_det2.evaluation.diagnosis import recall_at_specificity, roc_auc_score, summarize
-from ich_det2.evaluation.evaluator import write_csv
 from ich_det2.evaluation.intervals import bootstrap_by_group
-from ich_det2.files import write_atomically
+from ich_det2.files import write_atomically, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALARS = {"mean k": "rpn/ratio_target", "positives an image": "rpn/num_pos_anchors"}

@@ -13,8 +13,8 @@ from a file, one a line. For research only, not for clinical use.
 
 import argparse
 import contextlib
-import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -36,10 +36,10 @@ from ich_det2.engine.inference import (
     find_slices,
     load_run,
 )
-from ich_det2.evaluation.diagnosis import diagnose
-from ich_det2.evaluation.evaluator import write_csv
+from ich_det2.engine.operating_point import find_operating_point
+from ich_det2.evaluation.diagnosis import diagnose, patient_scores
 from ich_det2.evaluation.visualize import draw_overlay
-from ich_det2.files import write_atomically
+from ich_det2.files import sha256, write_atomically, write_csv
 
 TOOL = "ich_det2 tools/diagnose.py"
 NOTICE = (
@@ -95,7 +95,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--threshold",
         type=float,
         metavar="T",
-        help="positive at this score and above (default: the config's operating threshold)",
+        help="positive at this score and above (default: the model's operating point)",
     )
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="slices in a batch (default: the config's)"
@@ -126,9 +126,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1.")
     check_output(args.output, args.inputs, force=args.force)
     cfg, weights = load_run(args.model, device=args.device)
-    threshold = args.threshold
+    point, threshold = None, args.threshold
     if threshold is None:
+        point = find_operating_point(cfg, weights)
         threshold = cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD
+    rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
     slices, skipped = find_slices(args.inputs, identify=args.identify)
     status.print(f"Model: {weights}", markup=False, highlight=False, soft_wrap=True)
     diagnoser = Diagnoser.from_run(cfg, weights, batch_size=args.batch_size or 0)
@@ -141,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
                 f"none of {len(slices)} slices can be decoded; the first, {failed[0].file}, "
                 f"{failed[0].reason.rstrip('.')}."
             )
-        patients = summarize_patients(results, skipped, threshold)
+        patients = summarize_patients(results, skipped, threshold, rule)
         classes = list(cfg.DATASETS.ICH_CLASSES)
         draw_overlays(
             folder, diagnoser, results, classes, threshold, progress, every=args.all_overlays
@@ -150,6 +152,8 @@ def run(args: argparse.Namespace) -> None:
             "run": Path(cfg.OUTPUT_DIR).name,
             "weights": weights.name,
             "sha256": sha256(weights),
+            "operating_point": point and {"rule": point.rule, "dataset": point.dataset},
+            "patient_rule": rule,
         }
         write_results(
             folder, results, patients, skipped, model, classes, threshold, identify=args.identify
@@ -269,11 +273,12 @@ def verdict(score: float, threshold: float) -> str:
 
 
 def summarize_patients(
-    results: Results, skipped: Sequence[Skipped], threshold: float
+    results: Results, skipped: Sequence[Skipped], threshold: float, rule: str
 ) -> list[dict]:
-    """Rows of ``patients.csv``: any slice positive, and so is the patient.
+    """Rows of ``patients.csv``; a patient is positive by the rule, see ``patient_scores``.
 
-    A patient without one readable slice has no score and the verdict "undetermined".
+    A patient without one readable slice, or with fewer than the rule asks for, has no score and
+    the verdict "undetermined".
     """
     found: dict[str, Results] = {name: [] for entry in skipped for name in entry.patients}
     for entry, detections in results:
@@ -290,13 +295,15 @@ def summarize_patients(
             "worst_slice_file": None,
         }
         if slices:
-            worst, detections = max(slices, key=lambda s: s[1].score)
+            worst, _ = max(slices, key=lambda s: s[1].score)
+            scores = [detections.score for _, detections in slices]
+            (score,) = patient_scores([0] * len(slices), scores, 1, rule).tolist()
             row |= {
-                "n_positive_slices": sum(d.score >= threshold for _, d in slices),
-                "score": detections.score,
-                "verdict": verdict(detections.score, threshold),
+                "n_positive_slices": sum(score >= threshold for score in scores),
                 "worst_slice_file": worst.file,
             }
+            if math.isfinite(score):
+                row |= {"score": score, "verdict": verdict(score, threshold)}
         rows.append(row)
     return rows
 
@@ -414,15 +421,6 @@ def write_results(
     }
     with write_atomically(folder / "diagnosis.json") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def report(

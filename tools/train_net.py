@@ -6,12 +6,14 @@
         MODEL.WEIGHTS output/csfrcnn_r50/model_best.pth
 
 In OUTPUT_DIR: config.yaml with the anchors used, model_best.pth by validation, model_final.pth,
-metrics.json and TensorBoard events, diagnosis_history.csv and .png, and for each dataset
-inference/<dataset>/ with image_scores.csv, diagnosis_thresholds.csv, diagnosis.json,
+operating_point.json (the threshold, chosen on validation), metrics.json and TensorBoard events,
+diagnosis_history.csv and .png, and for each dataset inference/<dataset>/ with report.html,
+report.json, image_scores.csv, lesions.csv, diagnosis_thresholds.csv, diagnosis.json,
 coco_instances_results.json and the curves. Without a GPU, --num-gpus N runs N processes on the CPU.
 """
 
 import sys
+from pathlib import Path
 
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -20,6 +22,8 @@ from detectron2.utils.logger import setup_logger
 
 from ich_det2.data import register_ich_datasets
 from ich_det2.engine import IchCheckpointer, IchTrainer
+from ich_det2.engine.operating_point import check_operating_point, find_operating_point
+from ich_det2.engine.report import write_reports
 from ich_det2.engine.setup import check_config, load_config, log_to_terminal
 
 
@@ -35,8 +39,15 @@ def train(args, cfg) -> dict:
         model = IchTrainer.build_model(cfg)
         checkpointer = IchCheckpointer(model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        if args.resume and checkpointer.has_checkpoint():
+            weights = checkpointer.get_checkpoint_file()
+        else:
+            weights = cfg.MODEL.WEIGHTS
+        cfg.defrost()
+        point = find_operating_point(cfg, Path(weights))
         results = IchTrainer.test(cfg, model)
         if comm.is_main_process():
+            write_reports(cfg, point)
             verify_results(cfg, results)
         return results
     trainer = IchTrainer(cfg)
@@ -51,6 +62,7 @@ def main(argv=None) -> int:
     try:
         with log_to_terminal():
             cfg = load_config(args.config_file, args.opts)
+            check_operating_point(cfg)
             check_config(
                 cfg, eval_only=args.eval_only, resume=args.resume, num_processes=num_processes
             )

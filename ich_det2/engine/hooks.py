@@ -1,6 +1,5 @@
 """Hooks that validate the diagnosis during training and keep the best model."""
 
-import csv
 import json
 import logging
 import math
@@ -10,12 +9,13 @@ from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
-from ..evaluation.evaluator import write_csv
 from ..evaluation.plots import plot_history
-from ..files import write_atomically
+from ..files import write_atomically, write_csv
+from .report import HISTORY, read_history
 
 BEST_CHECKPOINT = "model_best"
-HISTORY = "diagnosis_history.csv"
+LOWER_IS_BETTER = ("expected_cost", "_fp", "_fn")
+"""Ends of the names of metrics whose smallest value is the best."""
 
 
 class DiagnosisHook(hooks.EvalHook):
@@ -37,10 +37,8 @@ class DiagnosisHook(hooks.EvalHook):
         self._history: list[dict] = []
 
     def before_train(self):
-        path = self._output_dir / HISTORY
-        if self.trainer.start_iter > 0 and path.is_file() and comm.is_main_process():
-            with open(path, encoding="utf-8", newline="") as file:
-                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        if self.trainer.start_iter > 0 and comm.is_main_process():
+            rows = read_history(self._output_dir)
             self._history = [r for r in rows if r["iteration"] <= self.trainer.start_iter]
 
     def _record(self, results: dict) -> dict:
@@ -55,10 +53,11 @@ class DiagnosisHook(hooks.EvalHook):
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Keeps ``model_best.pth``, the model with the largest validation metric.
+    """Keeps ``model_best.pth``, the model with the best validation metric.
 
-    Unlike Detectron2's, a tie goes to the later model (trained longer at equal quality), the
-    record in ``model_best.json`` survives ``--resume``, and ``last_checkpoint`` stays as it is.
+    The largest value is the best, but for a cost. Unlike Detectron2's, a tie goes to the later
+    model (trained longer at equal quality), the record in ``model_best.json`` survives
+    ``--resume``, and ``last_checkpoint`` stays as it is.
     """
 
     def __init__(self, eval_period: int, checkpointer, val_metric: str):
@@ -66,9 +65,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
         Args:
             eval_period: iterations, as :class:`DiagnosisHook`'s.
             checkpointer: an ``IchCheckpointer``.
-            val_metric: e.g. "diagnosis/image_auc" or "bbox/AP50"; larger is better.
+            val_metric: e.g. "diagnosis/image_auc", "bbox/AP50" or
+                "diagnosis/patient_expected_cost".
         """
         super().__init__(eval_period, checkpointer, val_metric, file_prefix=BEST_CHECKPOINT)
+        self._sign = -1 if val_metric.endswith(LOWER_IS_BETTER) else 1
         self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
 
     def before_train(self):
@@ -88,10 +89,11 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
         value, iteration = latest
         finite = math.isfinite(value)
-        if self.best_metric is not None and not (finite and value >= self.best_metric):
+        worse = not finite or self._sign * value < self._sign * (self.best_metric or 0.0)
+        if self.best_metric is not None and worse:
             logger.info(
-                f"{self._val_metric} {value:.4f} is not above the best, {self.best_metric:.4f} at"
-                f" iteration {self.best_iter + 1}."
+                f"{self._val_metric} {value:.4f} is not better than the best,"
+                f" {self.best_metric:.4f} at iteration {self.best_iter + 1}."
             )
             return
         # An undefined metric still leaves something to diagnose with; any number beats it.
@@ -102,3 +104,37 @@ class BestCheckpointer(hooks.BestCheckpointer):
             record = {"metric": self._val_metric, "value": value, "iteration": iteration}
             with write_atomically(self._record) as file:
                 json.dump(record, file)
+
+
+class EarlyStop(BaseException):
+    """Ends a training in good order; no ``Exception``, which Detectron2 logs as a failure."""
+
+
+class EarlyStopping(hooks.HookBase):
+    """Stops when the best validation metric has not improved for a while, on all ranks at once.
+
+    A tie counts as an improvement, as in :class:`BestCheckpointer`, whose record, which survives
+    ``--resume``, is all the state there is.
+    """
+
+    def __init__(self, eval_period: int, patience: int, best: BestCheckpointer | None):
+        """
+        Args:
+            eval_period: iterations between validations.
+            patience: validations without improvement after which to stop.
+            best: on the main process; None elsewhere. Runs before this hook.
+        """
+        self._eval_period, self._patience, self._best = eval_period, patience, best
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        if not self._eval_period or done % self._eval_period or done >= self.trainer.max_iter:
+            return
+        stop = False
+        if self._best is not None and self._best.best_iter is not None:
+            # The last validations that were no better.
+            stop = done - (self._best.best_iter + 1) >= self._patience * self._eval_period
+        if any(comm.all_gather(stop)):
+            raise EarlyStop(
+                f"No better validation in {self._patience} of them: stopped at iteration {done}."
+            )

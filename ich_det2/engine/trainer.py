@@ -5,6 +5,7 @@ import weakref
 from pathlib import Path
 
 from detectron2.data import (
+    DatasetCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -17,7 +18,9 @@ from ..data.augmentation import expand_dataset
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import DiagnosisEvaluator
 from .checkpoint import IchCheckpointer
-from .hooks import BEST_CHECKPOINT, BestCheckpointer, DiagnosisHook
+from .hooks import BEST_CHECKPOINT, BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
+from .operating_point import choose_operating_point
+from .report import write_reports
 from .resume import ResumableLoader, seed_generators
 
 logger = logging.getLogger(__name__)
@@ -78,6 +81,13 @@ class IchTrainer(DefaultTrainer):
                 " those of the interrupted run."
             )
 
+    def train(self):
+        """As ``DefaultTrainer.train``; ends early by ``TEST.DIAGNOSIS.PATIENCE``."""
+        try:
+            return super().train()
+        except EarlyStop as stop:
+            logger.info(str(stop))
+
     @classmethod
     def build_train_loader(cls, cfg, start_iter: int = 0) -> ResumableLoader:
         """The training loader, from iteration ``start_iter`` on."""
@@ -123,23 +133,26 @@ class IchTrainer(DefaultTrainer):
                 DiagnosisEvaluator(
                     thresholds=cfg.TEST.DIAGNOSIS.THRESHOLDS,
                     operating_threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
+                    cost_ratio=cfg.TEST.DIAGNOSIS.COST_RATIO,
+                    patient_rule=cfg.TEST.DIAGNOSIS.PATIENT_RULES[0],
+                    truth=DatasetCatalog.get(dataset_name),
                     output_dir=output_dir,
                 ),
             ]
         )
 
     def build_hooks(self) -> list:
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATASETS.TEST = cfg.DATASETS.VAL
+        cfg = with_datasets(self.cfg, self.cfg.DATASETS.VAL)
         validate = DiagnosisHook(
             cfg.TEST.EVAL_PERIOD, lambda: self.test(cfg, self.model), cfg.OUTPUT_DIR
         )
         # DefaultTrainer evaluates DATASETS.TEST there; the test patients are kept for the end.
-        own = [validate]
+        own, best, period = [validate], None, cfg.TEST.EVAL_PERIOD
         if comm.is_main_process():
-            best = cfg.TEST.DIAGNOSIS.BEST_METRIC
-            own.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, self.checkpointer, best))
+            best = BestCheckpointer(period, self.checkpointer, cfg.TEST.DIAGNOSIS.BEST_METRIC)
+            own.append(best)
+        if cfg.TEST.DIAGNOSIS.PATIENCE > 0:
+            own.append(EarlyStopping(period, cfg.TEST.DIAGNOSIS.PATIENCE, best))
         return [
             replacement
             for hook in super().build_hooks()
@@ -147,7 +160,9 @@ class IchTrainer(DefaultTrainer):
         ]
 
     def test_best(self) -> dict:
-        """Evaluates the best model by validation on ``DATASETS.TEST``.
+        """Evaluates the best model by validation on ``DATASETS.TEST``, once.
+
+        Before that its operating point is chosen on ``DATASETS.VAL`` and written beside it.
 
         Returns:
             The nested metrics, on the main process.
@@ -156,4 +171,26 @@ class IchTrainer(DefaultTrainer):
         best = Path(self.cfg.OUTPUT_DIR) / f"{BEST_CHECKPOINT}.pth"
         logger.info(f"Testing the best model by validation, {best}.")
         self.checkpointer.load(str(best), checkpointables=[])
-        return self.test(self.cfg, self.model)
+        cfg, point = self.cfg.clone(), None
+        cfg.defrost()
+        if set(cfg.DATASETS.VAL) & set(cfg.DATASETS.TEST):
+            logger.warning(
+                "DATASETS.VAL is tested on too: no operating point is chosen on it,"
+                " OPERATING_THRESHOLD is used."
+            )
+        else:
+            self.test(with_datasets(cfg, cfg.DATASETS.VAL), self.model)
+            if comm.is_main_process():
+                point = choose_operating_point(cfg, best)
+        results = self.test(cfg, self.model)
+        if comm.is_main_process():
+            write_reports(cfg, point)
+        return results
+
+
+def with_datasets(cfg, names):
+    """A copy of a config that tests on these datasets."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = names
+    return cfg

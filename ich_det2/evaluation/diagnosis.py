@@ -189,10 +189,24 @@ def roc_auc_score(y_true, y_score, weights=None) -> float | np.ndarray:
     return float(area) if weights is None else area
 
 
-def average_precision_score(y_true, y_score) -> float:
-    """Area under the precision-recall curve, by steps as scikit-learn's. NaN without a positive."""
-    precision, recall, _ = pr_curve(y_true, y_score)
-    return float(-(np.diff(recall) * precision[:-1]).sum()) if np.any(y_true) else float("nan")
+def average_precision_score(y_true, y_score, weights=None) -> float | np.ndarray:
+    """Area under the precision-recall curve, by steps as scikit-learn's. NaN without a positive.
+
+    Args:
+        y_true, y_score: sized (M,).
+        weights: sized (..., M); None counts each image once.
+
+    Returns:
+        A float, or with weights sized (...).
+    """
+    thresholds = np.unique(_check(y_true, y_score)[1])
+    counts = confusion_at_thresholds(y_true, y_score, thresholds, weights)
+    recall = _ratio(counts["tp"], counts["tp"] + counts["fn"])
+    # Where nothing is called positive, no recall is gained.
+    precision = np.nan_to_num(_ratio(counts["tp"], counts["tp"] + counts["fp"]))
+    area = -(np.diff(recall, append=0.0) * precision).sum(axis=-1)
+    area = area if len(thresholds) else area + np.nan
+    return float(area) if weights is None else area
 
 
 def recall_at_specificity(y_true, y_score, specificity: float, weights=None) -> float | np.ndarray:

@@ -1,43 +1,58 @@
 """Detectron2 evaluator that turns boxes into diagnoses."""
 
-import csv
 import itertools
-import json
 import logging
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from ..files import write_atomically
-from .diagnosis import METRICS, diagnosis_table, group_scores, summarize
+from ..files import write_csv, write_json
+from .analysis import Settings, levels_of, summaries, threshold_rows
+from .diagnosis import COST_RATIO, METRICS
 from .plots import plot_roc, plot_thresholds
+from .predictions import Predictions, write_predictions
 
-SCORE_FIELDS = ("image_id", "file_name", "patient_id", "label", "score")
 TABLE_FIELDS = ("level", "threshold", "tp", "fp", "tn", "fn", *METRICS)
 
 
 class DiagnosisEvaluator(DatasetEvaluator):
-    """Image- and patient-level diagnosis over many thresholds.
+    """Image- and patient-level diagnosis over many thresholds, of any detector's instances.
 
-    Writes ``image_scores.csv``, ``diagnosis_thresholds.csv`` and ``diagnosis.json``.
+    Writes ``image_scores.csv``, ``diagnosis_thresholds.csv``, ``diagnosis.json``, the curves and,
+    with the truth, ``lesions.csv``.
     """
 
     def __init__(
-        self, *, thresholds, operating_threshold: float, output_dir=None, distributed: bool = True
+        self,
+        *,
+        thresholds,
+        operating_threshold: float,
+        cost_ratio: float = COST_RATIO,
+        patient_rule: str = "any",
+        truth: Sequence[dict] | None = None,
+        output_dir=None,
+        distributed: bool = True,
     ):
         """
         Args:
             thresholds: image scores at which the diagnosis is tabulated.
             operating_threshold: an image or patient scored at least this is called positive.
+            cost_ratio: cost of a missed bleed, in false alarms.
+            patient_rule: of ``patient_scores``.
+            truth: dataset dicts with the true boxes ("annotations"; a "type" if known), for the
+                numbers of lesions; None does without.
             output_dir: folder for the files; None writes none.
             distributed: gather the images of all processes.
         """
-        self.thresholds = sorted(set(thresholds) | {operating_threshold})
-        self.operating_threshold = operating_threshold
+        self.settings = Settings(
+            thresholds, operating_threshold, cost_ratio=cost_ratio, patient_rules=(patient_rule,)
+        )
+        self.truth = None if truth is None else {str(d["image_id"]): d for d in truth}
         self.output_dir = Path(output_dir) if output_dir else None
         self.distributed = distributed
         self.reset()
@@ -49,25 +64,28 @@ class DiagnosisEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: mapped dataset dicts, with "image_label".
-            outputs: dicts with "instances" that have "scores".
+            outputs: dicts with "instances" that have "scores" and, for lesions, "pred_boxes".
         """
         for x, y in zip(inputs, outputs):
-            scores = y["instances"].scores
-            self._rows.append(
-                {
-                    "image_id": x["image_id"],
-                    "file_name": Path(x["file_name"]).name,
-                    "patient_id": x.get("patient_id", x["image_id"]),
-                    "label": x["image_label"],
-                    "score": scores.max().item() if len(scores) else 0.0,
-                }
-            )
+            instances = y["instances"].to("cpu")
+            scores = instances.scores.double().numpy()
+            image = str(x["image_id"])
+            boxes = None
+            if instances.has("pred_boxes"):
+                corners = instances.pred_boxes.tensor.double().numpy().reshape(-1, 4)
+                boxes = np.c_[scores, corners[:, :2], corners[:, 2:] - corners[:, :2]]
+            score = scores.max().item() if len(scores) else 0.0
+            patient = str(x.get("patient_id", image))
+            self._rows.append((image, patient, x["file_name"], x["image_label"], score, boxes))
 
     def evaluate(self) -> dict:
         """
         Returns:
-            ``{"diagnosis": {"image_auc": ..., "patient_recall": ..., ...}}`` on the main process,
-            elsewhere an empty dict.
+            ``{"diagnosis": {"image_auc": ..., "patient_recall": ..., "lesion_cpm_iou": ...}}`` on
+            the main process, elsewhere an empty dict.
+
+        Raises:
+            ValueError: if no image was processed, or a score is NaN.
         """
         rows = self._rows
         if self.distributed:
@@ -75,25 +93,13 @@ class DiagnosisEvaluator(DatasetEvaluator):
             rows = list(itertools.chain(*comm.gather(rows, dst=0)))
             if not comm.is_main_process():
                 return {}
-        # The samplers of several processes may hand an image out twice.
-        rows = sorted({row["image_id"]: row for row in rows}.values(), key=lambda r: r["image_id"])
-        y_true = np.array([row["label"] for row in rows], dtype=int)
-        y_score = np.array([row["score"] for row in rows], dtype=float)
-        _, patient_true, patient_score = group_scores(
-            [row["patient_id"] for row in rows], y_true, y_score
-        )
-        levels = {"image": (y_true, y_score), "patient": (patient_true, patient_score)}
-        summary = {k: summarize(*v, self.operating_threshold) for k, v in levels.items()}
-        table = [row for k, v in levels.items() for row in diagnosis_table(k, *v, self.thresholds)]
+        predictions = self._predictions(rows)
+        summary = summaries(predictions, self.settings)
         if self.output_dir is not None:
-            self._write(rows, table, summary)
-            plot_thresholds(
-                table, self.operating_threshold, self.output_dir / "diagnosis_thresholds.png"
-            )
-            plot_roc(levels, self.operating_threshold, self.output_dir / "roc.png")
+            write_evaluation(self.output_dir, predictions, self.settings)
         logging.getLogger(__name__).info(
             "Diagnosis at the operating threshold %g:\n%s",
-            self.operating_threshold,
+            self.settings.operating_threshold,
             format_summary(summary),
         )
         return {
@@ -101,39 +107,63 @@ class DiagnosisEvaluator(DatasetEvaluator):
                 f"{level}_{key}": float(value)
                 for level, values in summary.items()
                 for key, value in values.items()
-                if key not in ("threshold", "n", "n_positive")
+                if key not in ("threshold", "n", "n_positive", "n_lesions")
             }
         }
 
-    def _write(self, rows: list[dict], table: list[dict], summary: dict) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        write_csv(self.output_dir / "image_scores.csv", SCORE_FIELDS, rows)
-        write_csv(self.output_dir / "diagnosis_thresholds.csv", TABLE_FIELDS, table)
-        with write_atomically(self.output_dir / "diagnosis.json") as file:
-            # JSON has no NaN: what is undefined is null.
-            levels = {k: {n: _finite(x) for n, x in v.items()} for k, v in summary.items()}
-            json.dump({"operating_threshold": self.operating_threshold, **levels}, file, indent=2)
+    def _predictions(self, rows: list[tuple]) -> Predictions:
+        # The samplers of several processes may hand an image out twice.
+        rows = sorted({row[0]: row for row in rows}.values(), key=lambda row: row[0])
+        images, patients, files, labels, scores, boxes = zip(*rows) if rows else [()] * 6
+        true_boxes = types = None
+        if self.truth is not None:
+            annotations = [self.truth[image].get("annotations", []) for image in images]
+            true_boxes = [
+                np.array(
+                    [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYWH_ABS) for a in entry],
+                    dtype=float,
+                ).reshape(-1, 4)
+                for entry in annotations
+            ]
+            types = [[str(a.get("type", a["category_id"])) for a in e] for e in annotations]
+        return Predictions(
+            *(list(images), list(patients), list(map(str, files))),
+            labels=np.array(labels, dtype=int),
+            scores=np.array(scores, dtype=float),
+            boxes=None if any(entry is None for entry in boxes) else list(boxes),
+            true_boxes=true_boxes,
+            types=types,
+        )
+
+
+def write_evaluation(folder: Path, predictions: Predictions, settings: Settings) -> None:
+    """Writes the tables, ``diagnosis.json`` and the curves of a dataset.
+
+    Args:
+        folder: made if need be.
+        predictions: of the dataset.
+        settings: how they are evaluated.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_predictions(predictions, folder)
+    rows = threshold_rows(predictions, settings)
+    write_csv(folder / "diagnosis_thresholds.csv", TABLE_FIELDS, rows)
+    threshold = settings.operating_threshold
+    summary = summaries(predictions, settings)
+    write_json(folder / "diagnosis.json", {"operating_threshold": threshold, **summary})
+    plot_thresholds(rows, threshold, folder / "diagnosis_thresholds.png")
+    levels = levels_of(predictions, settings.patient_rules[0])
+    plot_roc({k: v[:2] for k, v in levels.items()}, threshold, folder / "roc.png")
 
 
 def format_summary(summary: dict[str, dict]) -> str:
     """The summaries of image and patient level as a table for the terminal."""
     keys = ("n", "n_positive", "auc", "recall", "specificity", "precision", "accuracy")
     keys += ("recall_at_specificity_0.90", "tp", "fp", "tn", "fn")
+    levels = ("image", "patient")
     return tabulate(
-        [[key, *(values[key] for values in summary.values())] for key in keys],
-        headers=["", *summary],
+        [[key, *(summary[level][key] for level in levels)] for key in keys],
+        headers=["", *levels],
         floatfmt=".3f",
         tablefmt="github",
     )
-
-
-def write_csv(path: Path, fields, rows: list[dict]) -> None:
-    """Writes rows to a CSV file, whole or not at all."""
-    with write_atomically(path) as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _finite(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value

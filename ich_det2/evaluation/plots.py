@@ -1,26 +1,39 @@
-"""Curves of the diagnosis, and how anchors fit boxes, written to PNG files."""
+"""Curves of the diagnosis, and how anchors fit boxes: PNG files, or SVG in a page.
 
-from collections.abc import Sequence
+A ``target`` is the path of a PNG file or a binary buffer, which gets SVG.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..anchors.clustering import AnchorPairs, Anchors, best_iou
 from ..files import write_atomically
-from .diagnosis import confusion_at_thresholds, roc_auc_score
+from .diagnosis import (
+    average_precision_score,
+    confusion_at_thresholds,
+    diagnosis_metrics,
+    pr_curve,
+    roc_auc_score,
+    roc_curve,
+)
 
+Target = str | Path | BinaryIO
 PLOTTED = ("accuracy", "recall", "precision", "specificity", "npv", "f1")
 
 
-def plot_thresholds(table: Sequence[dict], operating_threshold: float, path: str | Path) -> None:
+def plot_thresholds(table: Sequence[dict], operating_threshold: float, target: Target) -> None:
     """Metrics over thresholds at image and patient level, as the paper's figure 4.
 
     Args:
         table: rows of ``diagnosis_table`` of one or more levels.
         operating_threshold: drawn as a vertical line.
-        path: PNG file.
+        target: where.
     """
     levels = list(dict.fromkeys(row["level"] for row in table))
     figure, axes = _figure(len(levels))
@@ -32,40 +45,135 @@ def plot_thresholds(table: Sequence[dict], operating_threshold: float, path: str
         ax.set(title=f"{level} level", xlabel="threshold", ylim=(-0.02, 1.02), xlim=(0, 1))
         ax.grid(alpha=0.3)
     axes[-1].legend(fontsize="small", loc="lower left")
-    _save(figure, path)
+    _save(figure, target)
 
 
-def plot_roc(levels: dict[str, tuple], operating_threshold: float, path: str | Path) -> None:
+def plot_roc(
+    levels: dict[str, tuple], operating_threshold: float | Mapping[str, float], target: Target
+) -> None:
     """ROC curves with the operating point.
 
     Args:
         levels: name -> (y_true, y_score).
-        operating_threshold: drawn as a dot on each curve.
-        path: PNG file.
+        operating_threshold: drawn as a dot on each curve; one for all, or by name.
+        target: where.
     """
     figure, (ax,) = _figure(1)
     for level, (y_true, y_score) in levels.items():
-        thresholds = np.r_[np.inf, np.unique(y_score)[::-1], operating_threshold]
-        counts = confusion_at_thresholds(y_true, y_score, thresholds)
-        recall = counts["tp"] / max(int(np.sum(y_true)), 1)
-        false_alarms = counts["fp"] / max(int(np.sum(np.equal(y_true, 0))), 1)
+        false_alarms, recall, _ = roc_curve(y_true, y_score)
         label = f"{level}, AUC {roc_auc_score(y_true, y_score):.3f}"
-        (line,) = ax.plot(false_alarms[:-1], recall[:-1], label=label)
-        ax.plot(false_alarms[-1], recall[-1], "o", color=line.get_color())
+        (line,) = ax.plot(false_alarms, recall, label=label)
+        metrics = _at(y_true, y_score, operating_threshold, level)
+        ax.plot(1 - metrics["specificity"], metrics["recall"], "o", color=line.get_color())
     ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     ax.set(xlabel="1 - specificity", ylabel="recall", title="ROC; dots: operating threshold")
-    ax.set_aspect("equal")
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right")
-    _save(figure, path)
+    _save(figure, target)
 
 
-def plot_history(history: Sequence[dict], path: str | Path) -> None:
+def plot_pr(
+    levels: dict[str, tuple], operating_threshold: float | Mapping[str, float], target: Target
+) -> None:
+    """Precision-recall curves with the operating point; arguments as :func:`plot_roc`."""
+    figure, (ax,) = _figure(1)
+    for level, (y_true, y_score) in levels.items():
+        precision, recall, _ = pr_curve(y_true, y_score)
+        label = f"{level}, AP {average_precision_score(y_true, y_score):.3f}"
+        # Between two thresholds precision is not a line; recall falls, precision stays.
+        (line,) = ax.step(recall, precision, where="pre", label=label)
+        metrics = _at(y_true, y_score, operating_threshold, level)
+        ax.plot(metrics["recall"], metrics["precision"], "o", color=line.get_color())
+    ax.set(xlabel="recall", ylabel="precision", title="Precision and recall")
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower left")
+    _save(figure, target)
+
+
+def _at(y_true, y_score, operating_threshold, name: str) -> dict[str, float]:
+    if isinstance(operating_threshold, Mapping):
+        operating_threshold = operating_threshold[name]
+    counts = confusion_at_thresholds(y_true, y_score, [operating_threshold])
+    return {key: value[0] for key, value in diagnosis_metrics(**counts).items()}
+
+
+def plot_froc(curves: dict[str, tuple], target: Target) -> None:
+    """FROC curves: sensitivity for lesions against false positives a scan, from 1/16 to 16.
+
+    Args:
+        curves: name -> (false positives a scan, sensitivity).
+        target: where.
+    """
+    figure, (ax,) = _figure(1)
+    for name, (false_positives, sensitivity) in curves.items():
+        ax.step(np.maximum(false_positives, 1 / 32), sensitivity, where="post", label=name)
+    rates = [2.0**i for i in range(-4, 5)]
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(rates, [f"1/{round(1 / r)}" if r < 1 else f"{r:g}" for r in rates])
+    ax.set(xlim=(rates[0], rates[-1]), ylim=(-0.02, 1.02), title="FROC of the boxes")
+    ax.set(xlabel="false positives a scan", ylabel="sensitivity for lesions")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small", loc="upper left")
+    _save(figure, target)
+
+
+def plot_calibration(forms: dict[str, dict], target: Target) -> None:
+    """Reliability diagram: observed share of hemorrhage against the score, with Wilson intervals.
+
+    Args:
+        forms: name -> bins of ``reliability``.
+        target: where.
+    """
+    figure, (ax,) = _figure(1)
+    ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    for name, bins in forms.items():
+        score, observed = np.array(bins["score"]), np.array(bins["observed"])
+        filled = ~np.isnan(score)
+        interval = np.array(bins["interval"]).reshape(-1, 2)[filled]
+        error = np.abs(interval.T - observed[filled])
+        ax.errorbar(
+            score[filled], observed[filled], error, marker="o", capsize=2, label=name, alpha=0.8
+        )
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    ax.set(xlabel="score", ylabel="share with hemorrhage", title="Calibration of images")
+    ax.grid(alpha=0.3)
+    if forms:
+        ax.legend(fontsize="small", loc="upper left")
+    _save(figure, target)
+
+
+def plot_training(rows: Sequence[dict], target: Target) -> None:
+    """The sampler's ratio k and the positives' scores over training.
+
+    Args:
+        rows: of metrics.json, with "iteration" and "rpn/..." scalars.
+        target: where.
+    """
+    figure, axes = _figure(2)
+    panels = (
+        ("ratio k of positives to negatives", ("rpn/ratio_target", "rpn/ratio_actual")),
+        ("objectness of positive anchors", ("rpn/pos_score_mean",)),
+    )
+    for ax, (title, keys) in zip(axes, panels):
+        for key in keys:
+            points = [(r["iteration"], r[key]) for r in rows if key in r]
+            if points:
+                ax.plot(*zip(*points), label=key)
+        ax.set(title=title, xlabel="iteration")
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize="small")
+    _save(figure, target)
+
+
+def plot_history(history: Sequence[dict], target: Target) -> None:
     """The course of the validation's metrics over training.
 
     Args:
         history: rows with "iteration" and metrics in [0, 1] or, under "bbox/", in percent.
-        path: PNG file.
+        target: where.
     """
     figure, axes = _figure(2)
     diagnosis = ("image_auc", "patient_auc", "image_recall", "image_specificity")
@@ -79,7 +187,7 @@ def plot_history(history: Sequence[dict], path: str | Path) -> None:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize="small", loc="lower right")
-    _save(figure, path)
+    _save(figure, target)
 
 
 def plot_anchors(
@@ -128,6 +236,11 @@ def _figure(columns: int, width: float = 6.0):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _save(figure: Figure, path: str | Path) -> None:
-    with write_atomically(path, "wb") as file:
+def _save(figure: Figure, target: Target) -> None:
+    if hasattr(target, "write"):
+        # Without date and random names, the same numbers give the same bytes.
+        with matplotlib.rc_context({"svg.hashsalt": "ich_det2"}):
+            figure.savefig(target, format="svg", metadata={"Date": None})
+        return
+    with write_atomically(target, "wb") as file:
         figure.savefig(file, format="png", dpi=120)

@@ -1,6 +1,6 @@
 """A slice with its boxes and its verdict, for a reader to check.
 
-Sizes: H, W are the slice's rows and columns, M its boxes.
+Sizes: H, W are the slice's rows and columns, M its boxes, G the true ones.
 """
 
 import math
@@ -16,6 +16,7 @@ MIN_SIDE = 600
 
 POSITIVE = (255, 170, 0)
 CANDIDATE = (165, 132, 72)
+TRUTH = (70, 200, 255)
 TEXT = (225, 225, 225)
 FAINT = (140, 140, 140)
 STRIP = (22, 22, 26)
@@ -30,8 +31,11 @@ def draw_overlay(
     threshold: float,
     score: float,
     caption: str,
+    truth: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draws a slice, its boxes, and a strip below it with the verdict.
+
+    True boxes, where given, are drawn thin in their own colour below the predicted ones.
 
     Boxes at or above the threshold are drawn strong, with label and score; those from half the
     threshold up to it thin and dim.
@@ -44,6 +48,7 @@ def draw_overlay(
         threshold: of the verdict.
         score: the slice's.
         caption: which slice it is.
+        truth: true boxes, (G, 4): x0, y0, x1, y1 in pixels of the image.
 
     Returns:
         uint8 RGB; wider than the image where that is narrow, and higher by the strip.
@@ -59,6 +64,9 @@ def draw_overlay(
 
     canvas = Image.fromarray(grey).convert("RGB")
     draw = ImageDraw.Draw(canvas)
+    if truth is not None:
+        for box in np.asarray(truth, dtype=float).reshape(-1, 4) * factor:
+            _frame(draw, box, TRUTH, unit)
     order = np.argsort(scores, kind="stable")
     corners = np.asarray(boxes, dtype=float).reshape(-1, 4) * factor
     for i in order:

@@ -338,6 +338,7 @@ def test_weights_are_repetitions(pairs, data):
     counts = confusion_at_thresholds(y_true, y_score, thresholds, draws)
     aucs = roc_auc_score(y_true, y_score, draws)
     recalls = recall_at_specificity(y_true, y_score, 0.8, draws)
+    areas = average_precision_score(y_true, y_score, draws)
     for i, weights in enumerate(draws):
         y, s = np.repeat(y_true, weights), np.repeat(y_score, weights)
         expected = confusion_at_thresholds(y, s, thresholds)
@@ -345,6 +346,8 @@ def test_weights_are_repetitions(pairs, data):
             k: v.tolist() for k, v in expected.items()
         }
         assert aucs[i] == pytest.approx(roc_auc_score(y, s), abs=1e-12, nan_ok=True)
+        expected = average_precision_score(y, s)
+        assert areas[i] == pytest.approx(expected, abs=1e-12, nan_ok=True)
         expected = recall_at_specificity(y, s, 0.8)
         assert recalls[i] == pytest.approx(expected, abs=1e-12, nan_ok=True)
 

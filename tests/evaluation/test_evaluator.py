@@ -10,7 +10,7 @@ from detectron2.structures import Instances
 
 from ich_det2.evaluation import DiagnosisEvaluator
 from ich_det2.evaluation.diagnosis import METRICS
-from ich_det2.evaluation.evaluator import format_summary, write_csv
+from ich_det2.evaluation.evaluator import format_summary
 
 IMAGES = [
     # image, patient, label, box scores
@@ -166,14 +166,6 @@ def test_files_are_whole_and_nothing_else_is_left(make):
         "image_scores.csv",
         "roc.png",
     ]
-
-
-def test_a_table_that_fails_leaves_the_old_one(tmp_path):
-    path = tmp_path / "a.csv"
-    write_csv(path, ("x",), [{"x": 1}])
-    with pytest.raises(ValueError):
-        write_csv(path, ("x",), [{"x": 2}, {"y": 3}])
-    assert path.read_bytes() == b"x\n1\n" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
