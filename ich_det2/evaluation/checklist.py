@@ -4,6 +4,7 @@ Sources: CLAIM, Mongan, Moy and Kahn, Radiology: AI 2 (2020) e200029; STARD 2015
 BMJ 351 (2015) h5527. Items are named in own, short words; read the originals before use.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -134,6 +135,10 @@ def facts_of(analysis: dict, point: dict | None) -> dict[str, str]:
         point: an ``OperatingPoint`` as a dict, or None.
     """
     image, patient = (analysis["levels"][level] for level in ("image", "patient"))
+    recall, specificity, auc = (
+        "undefined" if math.isnan(patient[name]) else f"{patient[name]:.3f}"
+        for name in ("recall", "specificity", "auc")
+    )
     facts = {
         "reference": "An image is positive if it has an annotated hemorrhage; a patient if an image"
         " is.",
@@ -143,8 +148,8 @@ def facts_of(analysis: dict, point: dict | None) -> dict[str, str]:
         " cost, ROC and PR curves, FROC; images and patients.",
         "uncertainty": "95 % intervals by bootstrap over patients; Wilson for proportions and"
         " DeLong for AUC. Models are compared by paired bootstrap, DeLong and exact McNemar.",
-        "accuracy": f"Patients: recall {patient['recall']:.3f}, specificity"
-        f" {patient['specificity']:.3f}, AUC {patient['auc']:.3f}; with intervals above.",
+        "accuracy": f"Patients: recall {recall}, specificity {specificity}, AUC {auc}; with"
+        " intervals above.",
         "confusion": f"{image['n']} images of {patient['n']} patients, tables above.",
         "failures": "The worst misses and false alarms are shown above.",
         "explainability": "Each positive call shows the box that made it.",

@@ -65,9 +65,10 @@ def choose_threshold(
             f" {n_positive} positive of {len(y_true)}."
         )
     distinct = np.unique(np.r_[0.0, y_score[np.isfinite(y_score)]])
-    thresholds = (distinct[1:] + distinct[:-1]) / 2
-    if not len(thresholds):
+    if len(distinct) == 1:
         raise ValueError("no score is above 0, so there is no threshold to choose.")
+    # The last one calls nothing positive.
+    thresholds = np.r_[(distinct[1:] + distinct[:-1]) / 2, np.nextafter(distinct[-1], np.inf)]
     metrics = diagnosis_metrics(
         **confusion_at_thresholds(y_true, y_score, thresholds), cost_ratio=cost_ratio
     )
