@@ -159,10 +159,13 @@ def facts_of(analysis: dict, point: dict | None) -> dict[str, str]:
         "ensembling": "None: one model.",
     }
     if point is not None:
-        chosen = "before the test, fixed" if point["rule"] == "fixed" else f"by {point['rule']}"
-        facts["cutoff"] = (
-            f"{point['threshold']:.4g}, chosen {chosen} on {point['dataset']}, and locked."
+        how = (
+            "set by the config"
+            if point["rule"] == "fixed"
+            else (f"chosen by the rule {point['rule']} on {point['dataset']}")
         )
+        locked = ", and locked with the weights" if point["weights_sha256"] else ""
+        facts["cutoff"] = f"{point['threshold']:.4g}, {how}{locked}."
         facts["all_partitions"] = (
             f"Validation ({point['dataset']}) and this set, above; the training set is not"
             " evaluated."

@@ -60,7 +60,8 @@ def bootstrap_by_group(
     tail = 100 * (1 - confidence) / 2
     bounds = np.full((len(draws), 2), np.nan)
     defined = ~np.isnan(draws).all(axis=1)
-    bounds[defined] = np.nanpercentile(draws[defined], (tail, 100 - tail), axis=1).T
+    if defined.any():
+        bounds[defined] = np.nanpercentile(draws[defined], (tail, 100 - tail), axis=1).T
     return bounds
 
 

@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ich_det2.engine import BestCheckpointer, DiagnosisHook, IchCheckpointer
+from ich_det2.engine.hooks import EarlyStop, EarlyStopping
 
 METRIC = "diagnosis/image_auc"
 
@@ -95,3 +96,42 @@ def test_history_has_each_validation_once_also_after_resume(tmp_path):
     rows = [(float(r["iteration"]), float(r[METRIC])) for r in history(tmp_path)]
     assert rows == [(10, 0.5), (20, 0.6), (30, 0.75), (40, 0.85)]
     assert (tmp_path / "diagnosis_history.png").stat().st_size > 1000
+
+
+def test_of_a_cost_the_smallest_is_kept(tmp_path):
+    checkpointer = IchCheckpointer(nn.Linear(1, 1), str(tmp_path))
+    hook = BestCheckpointer(10, checkpointer, "diagnosis/patient_expected_cost")
+    hook.trainer = SimpleNamespace(start_iter=0, max_iter=1000, iter=0)
+    with EventStorage(0) as storage:
+        hook.trainer.storage = storage
+        for n, value in enumerate([0.8, 0.3, 0.5]):
+            hook.trainer.iter = storage.iter = (n + 1) * 10 - 1
+            storage.put_scalar(hook._val_metric, value, smoothing_hint=False)
+            hook.after_step()
+    assert record(tmp_path)["value"] == 0.3 and record(tmp_path)["iteration"] == 19
+
+
+@pytest.mark.parametrize(
+    ("patience", "stopped"),
+    [(1, 29), (2, 59), (5, None)],
+)
+def test_training_stops_after_validations_without_a_better_one(tmp_path, patience, stopped):
+    values = [0.7, 0.8, 0.6, 0.9, 0.85, 0.7, 0.6, 0.5]
+    best = BestCheckpointer(10, IchCheckpointer(nn.Linear(1, 1), str(tmp_path)), METRIC)
+    hook = EarlyStopping(10, patience, best)
+    trainer = SimpleNamespace(start_iter=0, max_iter=1000, iter=0)
+    best.trainer = hook.trainer = trainer
+    at = None
+    with EventStorage(0) as storage:
+        trainer.storage = storage
+        for n, value in enumerate(values):
+            trainer.iter = storage.iter = (n + 1) * 10 - 1
+            storage.put_scalar(METRIC, value, smoothing_hint=False)
+            best.after_step()
+            try:
+                hook.after_step()
+            except EarlyStop:
+                at = trainer.iter
+                break
+    # Bests at 9, 19, 39: one validation without at 29; two at 59; never five.
+    assert at == stopped

@@ -195,7 +195,11 @@ def test_what_no_draw_defines_is_nan_without_a_warning():
         bounds = bootstrap_by_group(
             lambda w: [np.full(len(w), math.nan), w[:, 0] * 0.0], ["a", "b"], n_resamples=5
         )
+        nothing = bootstrap_by_group(
+            lambda w: [np.full(len(w), math.nan)] * 2, ["a", "b"], n_resamples=5
+        )
     assert np.isnan(bounds[0]).all() and bounds[1].tolist() == [0, 0]
+    assert nothing.shape == (2, 2) and np.isnan(nothing).all()
 
 
 def test_bootstrap_covers_a_known_recall():
