@@ -129,6 +129,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True: no healthy slice is trained on."
         )
     IchDatasetMapper(cfg, is_train=not eval_only)
+    if not eval_only:
+        thaw_without_weights(cfg)
     if eval_only or resume:
         take_trained_anchors(cfg)
     else:
@@ -139,6 +141,23 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         raise ValueError(_message(error)) from error
     if not resume:
         check_weights(cfg.MODEL.WEIGHTS, trained=eval_only)
+
+
+def thaw_without_weights(cfg: CfgNode) -> None:
+    """Lets a backbone without weights learn: frozen layers and norms are for loaded ones.
+
+    Frozen batch norms that were never trained let a ResNet's features grow until they overflow.
+    """
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    if cfg.MODEL.WEIGHTS or not frozen:
+        return
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.NORM = "BN"
+    cfg.MODEL.TIMM.FREEZE_BN = False
+    logger.warning(
+        "MODEL.WEIGHTS is empty: training starts from random weights, so no layer and no batch norm"
+        " of the backbone is frozen."
+    )
 
 
 def needs_anchors(cfg: CfgNode) -> bool:
@@ -309,7 +328,6 @@ def check_weights(weights: str, *, trained: bool) -> None:
             " MODEL.WEIGHTS OUTPUT_DIR/model_best.pth, or --resume for OUTPUT_DIR's last one."
         )
     if not weights:
-        logger.warning("MODEL.WEIGHTS is empty: training starts from random weights.")
         return
     try:
         if weights.startswith(TIMM_PREFIX):
