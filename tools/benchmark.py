@@ -1,28 +1,41 @@
 #!/usr/bin/env python
-"""Measures this project against stock Detectron2 and scikit-learn, both in one run.
+"""Measures this project against what it stands on, both in one run.
 
     python tools/benchmark.py train-step --size 320 --batch 4 --steps 30
     python tools/benchmark.py diagnosis --images 1000000 --thresholds 99
+    python tools/benchmark.py read-slices path/to/series --rounds 20
+    python tools/benchmark.py loader --data path/to/voc_tree --workers 0 1 2
 
-A training step is timed in turn with stock Detectron2's, step by step, on the same weights and
-images, so that a machine whose speed wanders slows both; quote the ratio, not the seconds. The
-diagnosis at many thresholds is timed against a loop over scikit-learn's metrics, with the same
-numbers as result.
+train-step: against stock Detectron2. diagnosis: at many thresholds against a loop over
+scikit-learn's metrics, with the same numbers as result. read-slices: a windowed slice against
+pydicom's pixel_array, apply_rescale and a float64 window. loader: slices per second of the training
+loader. What is compared is timed in turn, so that a machine whose speed wanders slows both; quote
+the ratio, not the seconds.
 """
 
 import argparse
+import os
 import platform
 import statistics
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
+import pydicom
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from pydicom.pixels import apply_rescale
 from sklearn import metrics as sk
 from tabulate import tabulate
 
+from ich_det2.data import register_ich_datasets
+from ich_det2.data.cache import SliceCache
+from ich_det2.data.dicom import apply_window, read_hu, read_series, read_windowed
+from ich_det2.engine import IchTrainer
 from ich_det2.engine.setup import load_config
 from ich_det2.evaluation.diagnosis import (
     confusion_at_thresholds,
@@ -59,6 +72,20 @@ def parse_args(argv=None):
     curves.add_argument("--bootstrap-patients", type=int, default=1_000)
     curves.add_argument("--resamples", type=int, default=2_000)
     curves.set_defaults(run=diagnosis)
+    read = commands.add_parser("read-slices", help="DICOM files to windowed slices")
+    read.add_argument("folder", type=Path, metavar="FOLDER", help="of CT series")
+    read.add_argument("--rounds", type=int, default=20, help="timed passes over the files")
+    read.add_argument(
+        "--window", type=float, nargs=2, default=(50, 100), metavar=("LEVEL", "WIDTH")
+    )
+    read.set_defaults(run=read_slices)
+    feed = commands.add_parser("loader", help="the training loader, by number of workers")
+    feed.add_argument("--data", type=Path, required=True, help="VOC tree with ImageSets")
+    feed.add_argument("--config-file", default="configs/csfrcnn_r50.yaml", metavar="FILE")
+    feed.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    feed.add_argument("--batches", type=int, default=30, help="timed batches")
+    feed.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
+    feed.set_defaults(run=loader)
     return parser.parse_args(argv)
 
 
@@ -93,7 +120,9 @@ class TrainStep:
         self.optimizer.step()
 
 
-def interleave(steps: dict, rounds: int, warmup: int, device: str) -> dict[str, list[float]]:
+def interleave(
+    steps: dict, rounds: int, warmup: int, device: str, clock=time.perf_counter
+) -> dict[str, list[float]]:
     """Times callables in turn; the one that goes first alternates.
 
     Returns:
@@ -105,12 +134,12 @@ def interleave(steps: dict, rounds: int, warmup: int, device: str) -> dict[str, 
         for name in order:
             if device != "cpu":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
             if device != "cpu":
                 torch.cuda.synchronize()
             if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -134,17 +163,7 @@ def train_step(args) -> None:
             "cost-sensitive, NMS screening": TrainStep(screened, inputs),
         }
         seconds = interleave(steps, args.steps, args.warmup, args.device)
-    base = seconds["stock Detectron2"]
-    rows = [
-        [
-            name,
-            statistics.median(times),
-            min(times),
-            statistics.median(a / b for a, b in zip(times, base)),
-            min(times) / min(base),
-        ]
-        for name, times in seconds.items()
-    ]
+    rows = compare(seconds, "stock Detectron2")
     print(
         f"{platform.processor() or platform.machine()}, {args.device}, {torch.get_num_threads()}"
         f" threads, torch {torch.__version__}; {args.config_file}, {args.batch} x {args.size} px,"
@@ -226,6 +245,110 @@ def diagnosis(args) -> None:
     print(f"loop / ours: {loop / seconds:.0f}; largest difference {difference:.1e}")
 
 
+def read_slices(args) -> None:
+    series, _ = read_series(args.folder)
+    paths = {"compressed": [], "uncompressed": []}
+    for path in dict.fromkeys(path for s in series for path in s.files):
+        syntax = pydicom.dcmread(path, stop_before_pixels=True).file_meta.TransferSyntaxUID
+        paths["compressed" if syntax.is_compressed else "uncompressed"].append(path)
+    window = level, width = args.window
+    low = level - width / 2
+
+    def plainly(path):
+        dataset = pydicom.dcmread(path)
+        hu = apply_rescale(dataset.pixel_array, dataset).astype(np.float64)
+        return np.clip((hu - low) / width, 0, 1)
+
+    def window_in_place(path):
+        hu = read_hu(path)
+        return apply_window(hu, level, width, out=hu)
+
+    with tempfile.TemporaryDirectory() as folder:
+        cache = SliceCache(folder)
+        ways = {
+            "pydicom, float64 window": plainly,
+            "read_hu, apply_window in place": window_in_place,
+            "read_windowed (8 bit)": lambda path: read_windowed(path, [window]),
+            "the same from the cache": lambda path: read_windowed(path, [window], cache=cache),
+        }
+        for kind, files in paths.items():
+            if not files:
+                continue
+            if kind == "uncompressed":  # which the cache does not keep
+                del ways["the same from the cache"]
+            steps = {name: _Each(way, files) for name, way in ways.items()}
+            # CPU time, which other programs on the machine change less than the time on the wall.
+            seconds = interleave(steps, args.rounds, 1, "cpu", time.process_time)
+            rows = compare(
+                {name: [t / len(files) for t in times] for name, times in seconds.items()},
+                "pydicom, float64 window",
+            )
+            for row in rows:
+                row[1:] = row[1] * 1e3, row[2] * 1e3, 1 / row[3], 1 / row[4]
+            worst = max(
+                np.abs(plainly(path) - apply_window(read_hu(path), level, width)).max()
+                for path in files
+            )
+            print(f"{len(files)} {kind} slices; largest difference of the window {worst:.1e}")
+            headers = ["", "median ms", "min ms", "times as fast", "by the minima"]
+            print(tabulate(rows, headers, floatfmt=".2f", tablefmt="github"))
+
+
+class _Each:
+    """Calls a function for each file and lets go of what it returns."""
+
+    def __init__(self, way, files):
+        self.way, self.files = way, files
+
+    def __call__(self) -> None:
+        for path in self.files:
+            self.way(path)
+
+
+def loader(args) -> None:
+    rows = []
+    for workers in args.workers:
+        opts = ["DATASETS.ICH_ROOT", str(args.data), "DATALOADER.NUM_WORKERS", str(workers)]
+        cfg = load_config(args.config_file, [*opts, "SEED", "1", *args.opts])
+        register_ich_datasets(args.data, cfg.DATASETS.ICH_CLASSES, context=cfg.INPUT.CONTEXT_SLICES)
+        batches = iter(IchTrainer.build_train_loader(cfg))
+        # What workers have read ahead is not counted.
+        for _ in range(2 + 2 * workers):
+            next(batches)
+        start = time.perf_counter()
+        count = sum(len(next(batches)) for _ in range(args.batches))
+        rows.append([workers, count / (time.perf_counter() - start)])
+        del batches
+    print(
+        f"{args.data.name}, {args.config_file}, batches of {cfg.SOLVER.IMS_PER_BATCH}, shorter side"
+        f" {list(cfg.INPUT.MIN_SIZE_TRAIN)} px, {os.cpu_count()} CPUs"
+    )
+    print(tabulate(rows, ["workers", "slices/s"], floatfmt=".1f", tablefmt="github"))
+
+
+def compare(seconds: dict[str, list[float]], base: str) -> list[list]:
+    """Rows of name, median and minimum, and both as ratios to those of ``base``."""
+    return [
+        [
+            name,
+            statistics.median(times),
+            min(times),
+            statistics.median(a / b for a, b in zip(times, seconds[base])),
+            min(times) / min(seconds[base]),
+        ]
+        for name, times in seconds.items()
+    ]
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        print(f"benchmark.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    arguments.run(arguments)
+    sys.exit(main())

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
-from .dicom import read_image, window_image
+from .dicom import read_windowed
 
 
 class IchDatasetMapper:
@@ -92,16 +92,15 @@ class IchDatasetMapper:
         """A slice as grey values, and the height of its pixels over their width."""
         path = Path(path)
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            return _read_windowed(path), 1.0
-        image = read_image(path, frame, cache=self.cache)
-        rows, columns = image.spacing_mm
+            return _read_picture(path), 1.0
+        image, (rows, columns) = read_windowed(path, self.windows, frame, cache=self.cache)
         ratio = rows / columns if rows > 0 else 1.0
         if not 0.2 < ratio < 5:
             raise ValueError(
                 f"{path}: Pixel Spacing (0028,0030) is {rows:g}\\{columns:g} mm, expected pixels"
                 " that are not more than five times as long as wide."
             )
-        return window_image(image.hu, self.windows), ratio
+        return image, ratio
 
     def _read_context(self, dataset_dict: dict, image: np.ndarray) -> np.ndarray:
         """The slices before and after a slice, uint8 (H, W, 1), as channels around it."""
@@ -169,7 +168,7 @@ class IchDatasetMapper:
         return dataset_dict
 
 
-def _read_windowed(path: Path) -> np.ndarray:
+def _read_picture(path: Path) -> np.ndarray:
     """An 8-bit image as uint8 (H, W, 1); colours become grey.
 
     Raises:

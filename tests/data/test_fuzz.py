@@ -22,7 +22,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from ich_det2.data.dicom import check_dicom, read_hu, read_series
+from ich_det2.data.dicom import check_dicom, read_hu, read_series, read_windowed, window_image
 from ich_det2.data.voc import VocAnnotation, read_voc, write_voc
 
 pytestmark = [
@@ -154,6 +154,8 @@ def test_mutated_dicom(pytestconfig, tmp_path, dicom_seeds):
             assert read_slowly(path) is None
         else:
             assert np.array_equal(hu, read_slowly(path))
+            grey, _ = read_windowed(path, [(50, 100)])
+            assert np.array_equal(grey, window_image(hu, [(50, 100)]))
             assert hu.dtype == np.float32 and hu.ndim == 2 and np.isfinite(hu).all()
             check_dicom(path)  # what can be read passes the check
             outcomes["read"] += 1

@@ -3,7 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+import pydicom
 import pytest
+from pydicom.uid import RLELossless
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,3 +45,31 @@ def test_the_diagnosis_is_measured_against_a_loop_with_the_same_result(tool, cap
     *_, last = capsys.readouterr().out.splitlines()
     ratio, difference = last.removeprefix("loop / ours: ").split("; largest difference ")
     assert float(ratio) > 1 and float(difference) < 1e-12
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_slices_read_in_each_way_are_compared(tool, capsys, tmp_path, write_ct, compress):
+    hu = np.random.default_rng(0).integers(-200, 300, (64, 64))
+    path = write_ct(tmp_path / "a.dcm", hu, SeriesInstanceUID="1.2")
+    if compress:
+        ds = pydicom.dcmread(path)
+        ds.compress(RLELossless)
+        ds.save_as(path)
+    assert tool.main(["read-slices", str(tmp_path), "--rounds", "2"]) == 0
+    out = capsys.readouterr().out
+    assert f"1 {'compressed' if compress else 'uncompressed'} slices" in out
+    rows = [line for line in out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == (4 if compress else 3)
+    assert rows[0].count("1.00") == 2  # pydicom against itself
+    difference = float(out.splitlines()[0].split()[-1])
+    assert difference < 1e-6
+
+
+def test_the_loader_is_measured(tool, capsys, full_tree, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = ["--workers", "0", "1", "--batches", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    config = ["--config-file", "configs/csfrcnn_effnet_lite0.yaml"]
+    assert tool.main(["loader", "--data", str(full_tree("dicom")), *config, *options]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line[0] == "|"][2:]
+    assert [int(row[1]) for row in rows] == [0, 1]
+    assert all(float(row[2]) > 0 for row in rows)

@@ -12,6 +12,7 @@ from .pixels import (
     read_identity,
     read_image,
     read_size,
+    read_windowed,
 )
 from .series import CTSeries, may_be_head, neighbours, read_place, read_series, sort_frames
 from .window import apply_window, window_image
@@ -33,6 +34,7 @@ __all__ = [
     "read_place",
     "read_series",
     "read_size",
+    "read_windowed",
     "sort_frames",
     "window_image",
 ]

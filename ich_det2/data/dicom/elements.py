@@ -72,13 +72,20 @@ UNDEFINED_LENGTH = 0xFFFFFFFF
 
 _HEAD_BYTES = 1 << 16
 _PIXEL_DATA = 0x7FE00010
-_WANTED = {int(tag_for_keyword(k)): (k, dictionary_VR(tag_for_keyword(k))) for k in KEYWORDS}
+_WANTED = {
+    int(tag): (keyword, dictionary_VR(tag), dictionary_VR(tag).encode().split(b" or "))
+    for keyword in KEYWORDS
+    for tag in [tag_for_keyword(keyword)]
+}
 _TAGS = [tag_for_keyword(keyword) for keyword in (*KEYWORDS, *SEQUENCES)]
 # VRs by the size of their length field (A.2 Explicit VR, table 7.1-1 and 7.1-2).
 _SHORT = frozenset(
     vr.encode() for vr in "AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split()
 )
-_LONG = frozenset(vr.encode() for vr in "OB OD OF OL OV OW SV UC UN UR UT UV".split())
+_LONG = frozenset(vr.encode() for vr in "OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_EXPLICIT = struct.Struct("<HH2sH").unpack_from
+_IMPLICIT = struct.Struct("<HHI").unpack_from
+_LENGTH = struct.Struct("<I").unpack_from
 _TEXT = {"CS", "LO", "UI"}
 _DECIMAL = {"DS", "IS"}
 
@@ -159,6 +166,8 @@ def convert(keyword: str, value) -> str | tuple[float, ...]:
 
 def _parts(text: str) -> str:
     """The values of a text, each without its padding."""
+    if "\\" not in text:
+        return text.strip(" \0")
     return "\\".join(part.strip(" \0") for part in text.split("\\"))
 
 
@@ -192,11 +201,10 @@ def _scan(file: BinaryIO, head: bytes) -> Elements | None:
         if tag != _PIXEL_DATA or data.has_frames:
             return None
         values = {}
-        for tag, (keyword, vr) in _WANTED.items():
-            if raw := data.raw.get(tag):
-                value = _interpret(raw, vr, values)
-                if value:
-                    values[keyword] = value
+        for tag, raw in data.raw.items():
+            keyword, vr, _ = _WANTED[tag]
+            if value := _interpret(raw, vr):
+                values[keyword] = value
     except (_Unsure, struct.error, ValueError):
         return None
     return Elements(values, syntax, file, offset, length)
@@ -220,56 +228,50 @@ class _Scan:
     def __init__(self, data: bytes, at: int, *, explicit: bool, first: int, stop: int):
         self.raw: dict[int, bytes] = {}
         self.has_frames = False
-        wanted, short, long = _WANTED, _SHORT, _LONG
-        words, size = struct.Struct("<HH").unpack_from, len(data)
-        short_length = struct.Struct("<H").unpack_from
-        long_length = struct.Struct("<I").unpack_from
-        before = -1
+        wanted, short, long, raw = _WANTED, _SHORT, _LONG, self.raw
+        start_of, long_length = _EXPLICIT if explicit else _IMPLICIT, _LENGTH
+        size, before = len(data), first - 1
+        vr = b""
         while True:
             if at + 12 > size:
                 raise _Unsure
-            group, element = words(data, at)
+            if explicit:
+                group, element, vr, length = start_of(data, at)
+            else:
+                group, element, length = start_of(data, at)
             tag = group << 16 | element
-            if tag <= before or tag < first:
+            if tag <= before:
                 raise _Unsure
             if tag >= stop and stop != _PIXEL_DATA:
                 self.end = at
                 return
-            if explicit:
-                vr = data[at + 4 : at + 6]
-                if vr in short:
-                    (length,) = short_length(data, at + 6)
-                    start = at + 8
-                elif vr in long or vr == b"SQ":
-                    (length,) = long_length(data, at + 8)
-                    start = at + 12
-                else:
+            start = at + 8
+            if explicit and vr not in short:
+                if vr not in long:
                     raise _Unsure
-            else:
-                (length,) = long_length(data, at + 4)
-                start = at + 8
-                vr = b""
+                (length,) = long_length(data, start)
+                start += 4
             if tag >= stop:
                 if tag == _PIXEL_DATA and vr not in (b"", b"OB", b"OW"):
                     raise _Unsure
                 self.last = (tag, length, start)
                 return
+            at = start + length
             # Sequences of undefined length, and what is beyond the head, are left to pydicom.
-            if start + length > size:
+            if at > size:
                 raise _Unsure
-            if tag in wanted:
-                if explicit and vr.decode() != wanted[tag][1] and vr not in (b"US", b"SS"):
+            if tag in wanted or tag < 0x00030000:
+                if explicit and tag in wanted and vr not in wanted[tag][2]:
                     raise _Unsure
-                self.raw[tag] = data[start : start + length]
-            elif tag < 0x00030000:
-                self.raw[tag] = data[start : start + length]
+                raw[tag] = data[start:at]
             elif tag in (0x52009229, 0x52009230):
                 self.has_frames = True
             before = tag
-            at = start + length
 
 
-def _interpret(raw: bytes, vr: str, values: dict) -> str | tuple[float, ...]:
+def _interpret(raw: bytes, vr: str) -> str | tuple[float, ...]:
+    if not raw:
+        return ()
     if vr in _TEXT:
         # Other than ASCII depends on Specific Character Set.
         return _parts(raw.decode("ascii"))

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def apply_window(hu: np.ndarray, level: float, width: float) -> np.ndarray:
+def apply_window(
+    hu: np.ndarray, level: float, width: float, *, out: np.ndarray | None = None
+) -> np.ndarray:
     """Map the window ``level - width / 2 ... level + width / 2`` to 0 ... 1 and clip.
 
     This is the paper's plain window, and DICOM's LINEAR_EXACT up to the scale of the output
@@ -16,9 +18,10 @@ def apply_window(hu: np.ndarray, level: float, width: float) -> np.ndarray:
     ``width - 1`` in their places and so differs by up to ``1 / width``; see docs/dicom.md.
 
     Args:
-        hu: array of any shape, in HU; it is not modified.
+        hu: array of any shape, in HU; it is not modified unless it is ``out``.
         level: centre of the window, in HU.
         width: full width of the window, in HU, positive.
+        out: float32 array for the result, shaped as ``hu``; ``hu`` itself for a window in place.
 
     Returns:
         float32 array in [0, 1], shaped as ``hu``.
@@ -31,7 +34,7 @@ def apply_window(hu: np.ndarray, level: float, width: float) -> np.ndarray:
             f"The window is level {level} HU, width {width} HU; expected finite numbers and a "
             "positive width."
         )
-    out = np.subtract(hu, np.float32(level - width / 2), dtype=np.float32)
+    out = np.subtract(hu, np.float32(level - width / 2), out=out, dtype=np.float32)
     out /= np.float32(width)
     return np.clip(out, 0, 1, out=out)
 
