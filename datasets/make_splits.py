@@ -6,6 +6,12 @@ writes ROOT/ImageSets/Main/{train,val,test}.txt. Without patients.csv the patien
 DICOM headers, and patients.csv is written with pseudonyms, so that it holds no identity.
 
     python datasets/make_splits.py data/ich --by patient --ratios 0.5 0.2 0.3 --seed 0
+    python datasets/make_splits.py data/ich --folds 5
+
+Patients are divided so that images, positive images and each type of hemorrhage have like shares.
+With --folds K there are K pairs of lists instead, fold0_train.txt and fold0_val.txt to
+fold<K-1>_val.txt; every image is in the val list of exactly one. A split that exists is checked by
+datasets/audit_splits.py.
 """
 
 from __future__ import annotations
@@ -23,7 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ich_det2.data.dicom import read_identity
-from ich_det2.data.splits import find_images, read_patients, split_by_group, split_by_image
+from ich_det2.data.splits import (
+    find_images,
+    read_patients,
+    split_by_group,
+    split_by_image,
+    split_stratified,
+)
 from ich_det2.data.voc import read_voc
 from ich_det2.files import write_atomically
 
@@ -69,6 +81,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="name of each split (default: train val test)",
     )
+    parser.add_argument("--folds", type=int, metavar="K", help="K-fold lists instead of --ratios")
+    parser.add_argument(
+        "--stratify",
+        choices=("type", "positive"),
+        default="type",
+        help="what is shared out evenly: types of hemorrhage, positive images and images (default),"
+        " or positive and negative patients alone",
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, another split")
     parser.add_argument(
         "--force", action="store_true", help="replace splits that are there and differ"
@@ -83,6 +103,11 @@ def make_splits(args: argparse.Namespace) -> None:
         FileNotFoundError: no tree, images or annotations.
         ValueError: wrong arguments or files, unknown patients, or splits that would be replaced.
     """
+    if args.folds is not None:
+        if args.folds < 2:
+            raise ValueError(f"--folds is {args.folds}, expected at least 2.")
+        args.ratios = [1 / args.folds] * args.folds
+        args.names = [f"fold{i}_val" for i in range(args.folds)]
     if len(args.names) != len(args.ratios):
         raise ValueError(
             f"--ratios has {len(args.ratios)} values and --names {len(args.names)}, expected as "
@@ -93,7 +118,8 @@ def make_splits(args: argparse.Namespace) -> None:
             raise ValueError(f"--names has '{name}', expected different names without folders.")
 
     files = find_images(args.root)
-    positive = read_labels(args.root, files)
+    types = read_types(args.root, files)
+    positive = {image: bool(names) for image, names in types.items()}
     patients, new_patients = find_patients(args.root, files, required=args.by == "patient")
     images = list(files)
     labels = [positive[image] for image in images]
@@ -106,14 +132,21 @@ def make_splits(args: argparse.Namespace) -> None:
                 "expected at least one patient each; see the patients in patients.csv or in the "
                 "DICOM headers."
             )
-        parts = split_by_group(groups, args.ratios, stratify=labels, seed=args.seed)
+        if args.stratify == "type":
+            parts = split_stratified(groups, list(types.values()), args.ratios, seed=args.seed)
+        else:
+            parts = split_by_group(groups, args.ratios, stratify=labels, seed=args.seed)
     else:
         parts = split_by_image(images, args.ratios, stratify=labels, seed=args.seed)
     splits = {name: [images[i] for i in part] for name, part in zip(args.names, parts, strict=True)}
+    lists = dict(splits)
+    for name in splits if args.folds else ():
+        held = set(splits[name])
+        lists[name.replace("_val", "_train")] = [image for image in images if image not in held]
 
     write_splits(
         args.root,
-        splits,
+        lists,
         patients if new_patients and args.by == "patient" else None,
         force=args.force,
     )
@@ -122,9 +155,9 @@ def make_splits(args: argparse.Namespace) -> None:
         warn_of_leakage(splits, patients)
 
 
-def read_labels(root: Path, images: Mapping[str, Path]) -> dict[str, bool]:
-    """Whether each image has an object in its annotation."""
-    labels = {}
+def read_types(root: Path, images: Mapping[str, Path]) -> dict[str, set[str]]:
+    """The names of the objects in each image's annotation."""
+    types = {}
     for image in images:
         path = root / "Annotations" / f"{image}.xml"
         if not path.is_file():
@@ -132,8 +165,8 @@ def read_labels(root: Path, images: Mapping[str, Path]) -> dict[str, bool]:
                 f"{path}: the image {image} has no annotation; a healthy slice needs one too, "
                 "without objects."
             )
-        labels[image] = bool(read_voc(path).objects)
-    return labels
+        types[image] = {obj.name for obj in read_voc(path).objects}
+    return types
 
 
 def find_patients(
@@ -158,7 +191,8 @@ def find_patients(
 
     identities = {}
     for image, path in images.items():
-        patient, study = read_identity(path) if path.suffix.lower() == ".dcm" else ("", "")
+        header = read_identity(path) if path.suffix.lower() == ".dcm" else ("", "", "")
+        patient, study, _ = header
         if patient:
             identities[image] = (patient, study)
         elif required:

@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 PURE = {
     "ich_det2.anchors.clustering",
+    "ich_det2.data.audit",
     "ich_det2.data.cache",
     "ich_det2.data.context",
     "ich_det2.data.dicom",

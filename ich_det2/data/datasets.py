@@ -211,7 +211,7 @@ def _header_patient(path: Path, image_id: str) -> tuple[str, str]:
     """Pseudonyms of patient and study out of a DICOM header; the image itself without one."""
     if path.suffix.lower() != ".dcm":
         return image_id, image_id
-    patient, study = read_identity(path)
+    patient, study, _ = read_identity(path)
     return _pseudonym("patient", patient or study or image_id), _pseudonym(
         "study", study or patient or image_id
     )

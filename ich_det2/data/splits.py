@@ -12,7 +12,7 @@ import csv
 import hashlib
 import math
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,70 @@ def split_by_group(
     split_of: dict[str, int] = {}
     for members, row in zip(of_kind.values(), counts, strict=True):
         split_of.update(zip(members, np.repeat(np.arange(len(shares)), row), strict=True))
+    assigned = np.array([split_of[label] for label in labels], dtype=int)
+    return [np.flatnonzero(assigned == split) for split in range(len(shares))]
+
+
+def split_stratified(
+    groups: Sequence[Hashable],
+    types: Sequence[Collection[str]],
+    ratios: Sequence[float],
+    *,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Divide images by group (patient) with like shares of images, positives and types.
+
+    Groups are placed one by one, those with the rarest types and the most images first, each where
+    the counts of images, of positive images and of images of each type then deviate least from
+    their shares (a greedy form of iterative stratification, Sechidis et al. 2011, on groups).
+
+    Args:
+        groups: the N groups of the images.
+        types: N collections of the types that an image shows; an empty one is a negative image.
+        ratios: the S shares, not negative, of sum 1. A split of share 0 stays empty.
+        seed: another seed gives another split.
+
+    Returns:
+        S ascending arrays of indices into ``groups``; together they hold each of 0 ... N-1 once.
+
+    Raises:
+        ValueError: wrong ratios or lengths, or fewer groups than splits of a positive share.
+    """
+    shares = _check_ratios(ratios)
+    if len(types) != len(groups):
+        raise ValueError(f"types has {len(types)} entries, expected {len(groups)}, one each.")
+    labels = [str(group) for group in groups]
+    names = sorted({name for shown in types for name in shown})
+    rows = np.array([[1, bool(t), *(n in t for n in names)] for t in types], dtype=float)
+    rows = rows.reshape(len(labels), 2 + len(names))
+    order = sorted(set(labels), key=lambda label: _draw(label, seed))
+    counts = {label: np.zeros(rows.shape[1]) for label in order}
+    for label, row in zip(labels, rows, strict=True):
+        counts[label] += row
+    wanted = np.flatnonzero(shares)
+    if len(order) < len(wanted):
+        raise ValueError(
+            f"There are {len(order)} groups for {len(wanted)} splits, expected at least one each; "
+            "give more groups or fewer splits."
+        )
+    # Images, and types, count as shares of their whole; what is rare weighs as much as the rest.
+    total = np.maximum(rows.sum(axis=0), 1)
+    weight = {label: count / total for label, count in counts.items()}
+    order.sort(key=lambda label: -weight[label].max())
+
+    filled = np.zeros((len(shares), rows.shape[1]))
+    split_of: dict[str, int] = {}
+    for place, label in enumerate(order):
+        empty = [s for s in wanted if not filled[s].any()]
+        # The last groups go to splits that would stay empty.
+        allowed = empty if len(order) - place <= len(empty) else wanted
+        missing = shares[:, None] - filled
+        gain = [
+            (missing[s] ** 2).sum() - ((missing[s] - weight[label]) ** 2).sum() for s in allowed
+        ]
+        best = allowed[int(np.argmax(np.round(gain, 12)))]
+        filled[best] += weight[label]
+        split_of[label] = best
     assigned = np.array([split_of[label] for label in labels], dtype=int)
     return [np.flatnonzero(assigned == split) for split in range(len(shares))]
 

@@ -391,8 +391,10 @@ def test_real_files_cut_short(tmp_path, name):
 
 
 def test_identity(tmp_path):
-    assert read_identity(save(make_ct(), tmp_path / "a.dcm")) == ("secret", "1.2")
-    assert read_identity(save(make_ct(PatientID=None), tmp_path / "b.dcm")) == ("", "1.2")
+    ds = make_ct()
+    assert read_identity(save(ds, tmp_path / "a.dcm")) == ("secret", "1.2", ds.SOPInstanceUID)
+    ds = make_ct(PatientID=None)
+    assert read_identity(save(ds, tmp_path / "b.dcm")) == ("", "1.2", ds.SOPInstanceUID)
 
 
 # --- apply_window --------------------------------------------------------------------------------

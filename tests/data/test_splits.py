@@ -10,6 +10,7 @@ from ich_det2.data.splits import (
     read_patients,
     split_by_group,
     split_by_image,
+    split_stratified,
 )
 
 quick = settings(max_examples=80, deadline=None)
@@ -191,3 +192,56 @@ def test_no_images(tmp_path):
         find_images(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="no images"):
         find_images(tmp_path)
+
+
+# ---- split_stratified ----------------------------------------------------------------------------
+
+
+def patients_of_types(seed=0, patients=60):
+    """Groups of 3 to 12 images; a third bleeds, with types of different frequency."""
+    rng = np.random.default_rng(seed)
+    groups, types = [], []
+    for patient in range(patients):
+        bleeds = patient % 3 == 0
+        kind = rng.choice(["SDH", "IPH", "SAH", "EDH"], p=[0.4, 0.3, 0.2, 0.1])
+        for _ in range(rng.integers(3, 13)):
+            groups.append(f"p{patient}")
+            types.append({kind} if bleeds and rng.random() < 0.7 else set())
+    return groups, types
+
+
+@pytest.mark.parametrize("ratios", [[0.5, 0.2, 0.3], [0.2] * 5])
+def test_stratified_splits_have_like_shares(ratios):
+    groups, types = patients_of_types()
+    parts = split_stratified(groups, types, ratios)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(groups)))
+    owners = [{groups[i] for i in part} for part in parts]
+    assert all(not a & b for k, a in enumerate(owners) for b in owners[k + 1 :])
+    positive = np.array([bool(t) for t in types])
+    for part, ratio in zip(parts, ratios, strict=True):
+        assert len(part) / len(groups) == pytest.approx(ratio, abs=0.04)
+        assert positive[part].sum() / positive.sum() == pytest.approx(ratio, abs=0.08)
+        for name in ("SDH", "IPH"):
+            of_type = np.array([name in t for t in types])
+            assert of_type[part].sum() / of_type.sum() == pytest.approx(ratio, abs=0.2)
+
+
+def test_stratified_split_is_the_same_for_any_order_of_images_and_differs_by_seed():
+    groups, types = patients_of_types()
+    order = np.random.default_rng(1).permutation(len(groups))
+    shuffled = split_stratified([groups[i] for i in order], [types[i] for i in order], [0.5, 0.5])
+    parts = split_stratified(groups, types, [0.5, 0.5])
+    assert [sorted(order[p].tolist()) for p in shuffled] == [p.tolist() for p in parts]
+    other = split_stratified(groups, types, [0.5, 0.5], seed=1)
+    assert [p.tolist() for p in other] != [p.tolist() for p in parts]
+
+
+def test_stratified_split_fills_every_wanted_split():
+    parts = split_stratified(
+        ["a"] * 50 + ["b", "c"], [{"x"}] * 50 + [set()] * 2, [0.5, 0, 0.2, 0.3]
+    )
+    assert [len(p) > 0 for p in parts] == [True, False, True, True]
+    with pytest.raises(ValueError, match="2 groups for 3 splits"):
+        split_stratified(["a", "b"], [set(), set()], [0.4, 0.3, 0.3])
+    with pytest.raises(ValueError, match="types has 1 entries, expected 2"):
+        split_stratified(["a", "b"], [set()], [0.5, 0.5])

@@ -10,7 +10,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from ich_det2.data.splits import read_patients
-from ich_det2.data.voc import write_voc
+from ich_det2.data.voc import read_voc, write_voc
 
 REPO = Path(__file__).parents[2]
 REAL = REPO / "../shared/data/ct_ich"
@@ -228,10 +228,37 @@ def test_real_tree(tmp_path):
     (tmp_path / "JPEGImages").mkdir()
     for path in (REAL / "JPEGImages").iterdir():
         (tmp_path / "JPEGImages" / path.name).touch()
-    assert run(tmp_path) == 0
+    assert run(tmp_path, "--stratify", "positive") == 0
     patients = read_patients(tmp_path)
     people = [{patients[image][0] for image in ids} for ids in lists(tmp_path).values()]
     # 17 bleeding patients: 8.5, 3.4, 5.1 -> 9, 3, 5. 28 others: 14, 5.6, 8.4 -> 14, 6, 8.
     assert [len(p) for p in people] == [23, 9, 13]
     assert not set.intersection(*people)
     assert np.sum([len(ids) for ids in lists(tmp_path).values()]) == 335
+
+    # With types in mind, images and positive images come near their shares too.
+    assert run(tmp_path, "--force") == 0
+    sizes = [len(ids) for ids in lists(tmp_path).values()]
+    positive = [
+        sum(bool(read_voc(tmp_path / f"Annotations/{i}.xml").objects) for i in ids)
+        for ids in lists(tmp_path).values()
+    ]
+    np.testing.assert_allclose(np.divide(sizes, 335), [0.5, 0.2, 0.3], atol=0.06)
+    np.testing.assert_allclose(np.divide(positive, 155), [0.5, 0.2, 0.3], atol=0.06)
+
+
+def test_folds(tree):
+    root = tree
+    assert run(root, "--folds", "3") == 0
+    lists = {p.stem: p.read_text().split() for p in (root / "ImageSets/Main").iterdir()}
+    assert sorted(lists) == sorted(f"fold{i}_{s}" for i in range(3) for s in ("train", "val"))
+    everyone = sorted(image for i in range(3) for image in lists[f"fold{i}_val"])
+    assert len(everyone) == len(set(everyone))
+    for i in range(3):
+        held, rest = lists[f"fold{i}_val"], lists[f"fold{i}_train"]
+        assert sorted(held + rest) == everyone and held
+
+
+def test_one_fold_is_an_error(tree, capsys):
+    assert run(tree, "--folds", "1") == 2
+    assert "--folds is 1, expected at least 2" in capsys.readouterr().err

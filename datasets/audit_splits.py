@@ -1,0 +1,89 @@
+#!/usr/bin/env python
+"""Check the splits of a VOC tree for leaks; exit with 1 and a list if there are any.
+
+Reads ROOT/ImageSets/Main/{train,val,test}.txt, ROOT/patients.csv and the images. Two splits may
+share no patient, no study, no SOP Instance UID, and no slice that looks nearly the same.
+
+    python datasets/audit_splits.py data/ich
+    python datasets/audit_splits.py data/ich --names fold0_train fold0_val
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ich_det2.data.audit import find_leaks
+from ich_det2.data.splits import find_images, read_patients
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0 for clean splits, 1 for leaks, 2 for an error of the user."""
+    args = parse_args(argv)
+    console = Console()
+    try:
+        splits = {name: read_list(args.root, name) for name in args.names}
+        images, patients = find_images(args.root), read_patients(args.root)
+        leaks = find_leaks(
+            splits,
+            images,
+            patients,
+            pixels=not args.no_pixels,
+            track=lambda items: track(items, "images", console=Console(stderr=True)),
+        )
+    except (ValueError, OSError) as error:
+        print(f"audit_splits: {error}", file=sys.stderr)
+        return 2
+    total = sum(map(len, splits.values()))
+    if not leaks:
+        console.print(f"No leak among {total} images in {len(splits)} splits.")
+        return 0
+    table = Table("what is shared", "splits", "images", "", title=f"{len(leaks)} LEAKS")
+    for leak in leaks:
+        table.add_row(leak.kind, " / ".join(leak.splits), " / ".join(leak.images), leak.detail)
+    console.print(table)
+    print(
+        f"audit_splits: {len(leaks)} leaks: scores on these splits are too good; divide anew by "
+        f"`python datasets/make_splits.py {args.root} --force`, after correcting patients.csv.",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", type=Path, metavar="ROOT", help="folder of the VOC tree")
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        default=["train", "val", "test"],
+        metavar="NAME",
+        help="lists in ImageSets/Main (default: train val test)",
+    )
+    parser.add_argument("--no-pixels", action="store_true", help="do not compare the images")
+    return parser.parse_args(argv)
+
+
+def read_list(root: Path, name: str) -> list[str]:
+    """The image ids of a split.
+
+    Raises:
+        FileNotFoundError: there is no such list.
+    """
+    path = root / "ImageSets" / "Main" / f"{name}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list; see --names.")
+    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
