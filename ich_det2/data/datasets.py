@@ -1,6 +1,5 @@
 """VOC trees of head CT as Detectron2 datasets."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from PIL import Image, UnidentifiedImageError
 
 from .context import find_context
 from .dicom import read_identity, read_size
-from .splits import find_images, read_patients
+from .splits import find_images, read_labels, read_patients
 from .voc import VocAnnotation, read_voc
+from .voc_writer import pseudonym
 
 SPLITS = ("train", "val", "test")
 
@@ -72,7 +72,8 @@ def load_ich_voc(
     Returns:
         Dataset dicts in the list's order: ``file_name``, ``image_id`` (the file's stem),
         ``patient_id``, ``study_id``, ``height``, ``width``, ``annotations`` (empty for a healthy
-        slice; boxes XYXY_ABS, 0-based pixel edges), ``image_label`` (1 if there is a box); with
+        slice; boxes XYXY_ABS, 0-based pixel edges), ``image_label`` (what
+        ``labels.csv`` says, else 1 if there is a box); with
         context ``context_files``, pairs of file name and None, see :func:`find_context`.
 
     Raises:
@@ -88,6 +89,7 @@ def load_ich_voc(
         )
     image_ids = _read_image_ids(root, split)
     patients, images = read_patients(root), find_images(root)
+    labels = read_labels(root)
     beside = find_context(root, images, context) if context else {}
     dicts = []
     for image_id in image_ids:
@@ -125,7 +127,7 @@ def load_ich_voc(
                 "height": height,
                 "width": width,
                 "annotations": annotations,
-                "image_label": int(len(annotations) > 0),
+                "image_label": labels.get(image_id, int(len(annotations) > 0)),
             }
         )
         if context:
@@ -212,14 +214,9 @@ def _header_patient(path: Path, image_id: str) -> tuple[str, str]:
     if path.suffix.lower() != ".dcm":
         return image_id, image_id
     patient, study, _ = read_identity(path)
-    return _pseudonym("patient", patient or study or image_id), _pseudonym(
+    return pseudonym("patient", patient or study or image_id), pseudonym(
         "study", study or patient or image_id
     )
-
-
-def _pseudonym(kind: str, value: str) -> str:
-    # Not reversible by reading, but not anonymous against guessing of short ids either.
-    return f"{kind}-{hashlib.sha256(value.encode()).hexdigest()[:10]}"
 
 
 def _category(name: str, classes: Sequence[str], xml: Path) -> int:

@@ -237,6 +237,36 @@ def read_patients(root: str | os.PathLike) -> dict[str, tuple[str, str]]:
     return patients
 
 
+def read_labels(root: str | os.PathLike) -> dict[str, int]:
+    """Read image labels that do not come from boxes, from ``labels.csv``.
+
+    Args:
+        root: folder of the VOC tree. The file's header is ``image,label`` in any order, 1 for a
+            hemorrhage; other columns are ignored.
+
+    Returns:
+        The label by image id; empty if there is no ``labels.csv``.
+
+    Raises:
+        ValueError: no such header, or a label that is neither 0 nor 1; names file and line.
+    """
+    path = Path(root) / "labels.csv"
+    labels: dict[str, int] = {}
+    if not path.exists():
+        return labels
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        if not {"image", "label"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}, line 1: expected the header image,label.")
+        for row in rows:
+            if row["label"] not in ("0", "1"):
+                raise ValueError(
+                    f"{path}, line {rows.line_num}: the label is {row['label']!r}, expected 0 or 1."
+                )
+            labels[row["image"].strip()] = int(row["label"])
+    return labels
+
+
 def _check_ratios(ratios: Sequence[float]) -> np.ndarray:
     shares = np.asarray(ratios, dtype=float)
     valid = shares.ndim == 1 and shares.size and np.isfinite(shares).all() and (shares >= 0).all()

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from ..files import write_atomically
+from .splits import read_labels
 from .voc import Box, write_voc
 
 FIELDS = ("image", "patient", "study", "series", "position_mm")
@@ -31,9 +33,9 @@ SOURCES = "sources.json"
 class VocWriter:
     """A VOC tree under construction.
 
-        with VocWriter(root) as tree:
-            if name not in tree:
-                tree.add(name, image, objects, patient=...)
+    with VocWriter(root) as tree:
+        if name not in tree:
+            tree.add(name, image, objects, patient=...)
     """
 
     def __init__(self, root: str | os.PathLike, *, database: str):
@@ -45,6 +47,7 @@ class VocWriter:
         self.root, self.database = Path(root), database
         self._rows: dict[str, dict] = {}
         self._sources: dict[str, dict] = {}
+        self._labels = {name: str(label) for name, label in read_labels(self.root).items()}
         for folder in ("Annotations", "DICOM", "JPEGImages"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         if (self.root / "patients.csv").is_file():
@@ -72,7 +75,7 @@ class VocWriter:
     def add(
         self,
         name: str,
-        image: Path | np.ndarray,
+        image: Path | np.ndarray | bytes,
         objects: Iterable[tuple[str, Box]],
         *,
         size: tuple[int, int],
@@ -80,18 +83,21 @@ class VocWriter:
         study: str = "",
         series: str = "",
         position_mm: float | None = None,
+        label: int | None = None,
         source: dict | None = None,
     ) -> None:
         """Write an image and its annotation.
 
         Args:
             name: the image's id, fit for a file name.
-            image: a DICOM, PNG or JPEG file, copied as it is; or uint8 (H, W), written as PNG.
+            image: a DICOM, PNG or JPEG file, copied as it is; the content of a DICOM file; or uint8
+                (H, W), written as PNG.
             objects: see ``write_voc``; boxes are clipped to the image, and those of less than one
                 pixel are dropped.
             size: (H, W).
             patient, study, series: pseudonyms.
             position_mm: along the slice normal.
+            label: of the image, where boxes do not tell it; kept in ``labels.csv``.
             source: kept in ``sources.json``; no identities.
 
         Raises:
@@ -104,6 +110,10 @@ class VocWriter:
             path = self.root / "JPEGImages" / f"{name}.png"
             with write_atomically(path, "wb") as file:
                 Image.fromarray(image).save(file, format="PNG")
+        elif isinstance(image, bytes):
+            path = self.root / "DICOM" / f"{name}.dcm"
+            with write_atomically(path, "wb") as file:
+                file.write(image)
         else:
             picture = image.suffix.lower() in (".png", ".jpg", ".jpeg")
             path = self.root / ("JPEGImages" if picture else "DICOM")
@@ -121,6 +131,8 @@ class VocWriter:
         position = "" if position_mm is None or np.isnan(position_mm) else f"{position_mm:.3f}"
         values = (name, patient, study or patient, series or study or patient, position)
         self._rows[name] = dict(zip(FIELDS, values, strict=True))
+        if label is not None:
+            self._labels[name] = str(int(label))
         if source is not None:
             self._sources[name] = source
         if len(self._rows) % 500 == 0:
@@ -133,6 +145,10 @@ class VocWriter:
         writer.writerows(self._rows[name] for name in sorted(self._rows))
         with write_atomically(self.root / "patients.csv") as file:
             file.write(table.getvalue())
+        if self._labels:
+            lines = [f"{name},{label}\n" for name, label in sorted(self._labels.items())]
+            with write_atomically(self.root / "labels.csv") as file:
+                file.write("".join(["image,label\n", *lines]))
         if self._sources:
             with write_atomically(self.root / SOURCES) as file:
                 json.dump(dict(sorted(self._sources.items())), file, indent=1, ensure_ascii=False)
@@ -167,8 +183,6 @@ def boxes_of_mask(
     Returns:
         Names and boxes, 0-based pixel edges; parts that touch at a corner are one.
     """
-    from scipy import ndimage
-
     objects = []
     for value in np.unique(mask[mask != 0]):
         name = name_of(int(value))
