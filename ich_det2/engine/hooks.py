@@ -43,7 +43,9 @@ class DiagnosisHook(hooks.EvalHook):
 
     def _record(self, results: dict) -> dict:
         if comm.is_main_process() and results:
-            row = {"iteration": self.trainer.iter + 1, **flatten_results_dict(results)}
+            # After the last iteration the trainer's counter stands one further.
+            done = min(self.trainer.iter + 1, self.trainer.max_iter)
+            row = {"iteration": done, **flatten_results_dict(results)}
             self._history.append(row)
             self._output_dir.mkdir(parents=True, exist_ok=True)
             fields = list(dict.fromkeys(key for row in self._history for key in row))
@@ -87,7 +89,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
                 f"TEST.DIAGNOSIS.BEST_METRIC is '{self._val_metric}', but the validation gave"
                 f" {known}."
             )
-        value, iteration = latest
+        value, iteration = latest[0], min(latest[1], self.trainer.max_iter - 1)
         finite = math.isfinite(value)
         worse = not finite or self._sign * value < self._sign * (self.best_metric or 0.0)
         if self.best_metric is not None and worse:

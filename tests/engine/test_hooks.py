@@ -39,6 +39,16 @@ def test_the_largest_value_is_kept_and_a_tie_goes_to_the_later(tmp_path):
     assert record(tmp_path) == {"metric": METRIC, "value": 0.9, "iteration": 29}
 
 
+def test_after_the_last_iteration_the_record_is_of_that_iteration(tmp_path):
+    hook = run(tmp_path, [0.7])
+    hook.trainer.max_iter = 20
+    with EventStorage(20) as hook.trainer.storage:
+        hook.trainer.iter = 20  # as TrainerBase.train leaves it
+        hook.trainer.storage.put_scalar(METRIC, 0.8, smoothing_hint=False)
+        hook.after_train()
+    assert record(tmp_path)["iteration"] == 19
+
+
 def test_the_record_survives_resume(tmp_path):
     run(tmp_path, [0.9])
     assert run(tmp_path, [0.8], start_iter=10).best_metric == 0.9
@@ -84,6 +94,7 @@ def validate(tmp_path, start_iter, values):
         for i in range(start_iter, 40):
             hook.trainer.iter = storage.iter = i
             hook.after_step()
+        hook.trainer.iter = storage.iter = 40  # as TrainerBase.train leaves it
         hook.after_train()
         assert storage.latest()[METRIC][0] == pytest.approx(float(history(tmp_path)[-1][METRIC]))
 
