@@ -32,6 +32,7 @@ model.backbone.freeze_at = 2
 model.proposal_generator.update(
     _target_=CostSensitiveRPN,
     alpha=100.0,
+    post_nms_topk=(2000, 300),
     anchor_sampler=L(AdaptiveRatioSampler)(
         num_samples="${..batch_size_per_image}", max_ratio=3.0, shortfall="shrink"
     ),
@@ -48,6 +49,7 @@ model.proposal_generator.anchor_generator.update(
 )
 del model.roi_heads.mask_head
 model.roi_heads.num_classes = 1
+model.roi_heads.batch_size_per_image = 128
 model.roi_heads.box_predictor.test_score_thresh = 0.001  # ROC curves need the low scores too
 
 # ---- data: healthy slices are kept -----------------------------------------------------------
