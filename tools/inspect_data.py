@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import track
 
 from ich_det2.anchors.clustering import anchor_recall, cluster_anchors
+from ich_det2.data.dicom import read_series
 from ich_det2.data.inspection import (
     box_sizes,
     counts,
-    find_upside_down,
     inspect_image,
     read_grey,
 )
@@ -105,7 +105,9 @@ def inspect(args) -> None:
         if image in shown:
             pictures[image] = draw(grey, objects, 110)
         images.append(found)
-    find_upside_down(images)
+    series = series_notes(root / "DICOM")
+    for found in images:
+        found.findings += series.get(files[found.image], [])
     odd = [i for i in images if i.findings]
 
     wh = box_sizes(images, args.short_edge)
@@ -145,6 +147,13 @@ def inspect(args) -> None:
     with write_atomically(output / "index.html") as file:
         file.write(page)
     print(f"{len(images)} images, {len(odd)} to look at: {output / 'index.html'}")
+
+
+def series_notes(folder: Path) -> dict[Path, list[str]]:
+    """What the headers of DICOM series say of their first slice: gaps, orientation, pixels."""
+    if not folder.is_dir():
+        return {}
+    return {s.files[0]: [f"series: {note}" for note in s.notes] for s in read_series(folder)[0]}
 
 
 def read_splits(root: Path) -> dict[str, list[str]]:
@@ -246,6 +255,7 @@ def count_kinds(odd) -> list[dict]:
         "no box, label hemorrhage": "label says hemorrhage",
         "no head": "no head",
         "upside down": "upside down",
+        "series": "series: ",
     }
     texts = [text for i in odd for text in i.findings]
     return [{"what": k, "findings": sum(part in t for t in texts)} for k, part in kinds.items()]

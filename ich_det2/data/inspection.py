@@ -1,6 +1,6 @@
 """What a person should look at in a VOC tree before training on it.
 
-Grey values are those of a brain window, 0 to 255. N is the number of images, T a thumbnail's side.
+Grey values are those of a brain window, 0 to 255.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -24,8 +23,11 @@ DARK = 12
 TINY_SHARE = 2e-4
 """A box of a smaller share of the image is named: 7 x 7 of 512 x 512 pixels."""
 
-LOOSE_SHARE = 0.25
-T = 32
+LOOSE_SHARE = 0.2
+"""A box of a larger share of the image holds more than a bleed."""
+
+AIR_SHARE = 0.35
+"""A box of which more is air is named; bleeds touch the skull, so some air is in many boxes."""
 
 
 @dataclass
@@ -36,13 +38,11 @@ class Inspected:
         objects: of its annotation.
         size: (H, W).
         findings: sentences; empty for nothing odd.
-        shape: thumbnail, float32 (T, T) of mean 0 and length 1.
     """
 
     image: str
     objects: Sequence[VocObject]
     size: tuple[int, int]
-    shape: np.ndarray
     findings: list[str] = field(default_factory=list)
 
 
@@ -68,17 +68,18 @@ def inspect_image(
         objects: of its annotation.
         label: 1 hemorrhage, 0 none, None unknown.
     """
-    small = cv2.resize(grey, (T, T), interpolation=cv2.INTER_AREA).astype(np.float32)
-    small -= small.mean()
-    found = Inspected(image, objects, grey.shape, small / max(np.linalg.norm(small), 1e-6))
+    found = Inspected(image, objects, grey.shape)
     say, (height, width) = found.findings.append, grey.shape
-    if _head_share(grey) < 0.04:
+    share, above, below = _head_and_couch(grey)
+    if share < 0.04:
         say("no head: nearly all is air")
+    elif above > 1e-3 and above > 3 * below:
+        say("upside down: the couch or headrest seems to be above the head")
     for obj in objects:
         x0, y0, x1, y1 = (int(round(v)) for v in obj.box)
         inside = grey[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
         share = (obj.box[2] - obj.box[0]) * (obj.box[3] - obj.box[1]) / (height * width)
-        if inside.size and (inside <= DARK).mean() > 0.5:
+        if inside.size and (inside <= DARK).mean() > AIR_SHARE:
             say(f"{obj.name}: the box lies over air ({(inside <= DARK).mean():.0%} of it)")
         if share < TINY_SHARE:
             w, h = obj.box[2] - obj.box[0], obj.box[3] - obj.box[1]
@@ -90,26 +91,6 @@ def inspect_image(
     if label == 1 and not objects:
         say("no box, but the slice's label says hemorrhage")
     return found
-
-
-def find_upside_down(images: Sequence[Inspected], margin: float = 0.15) -> None:
-    """Add a finding to slices that look more like the others when turned over.
-
-    The mean of all slices is the pattern; slices are compared with it as they are, and mirrored
-    from front to back. Nothing is said of sets of fewer than 20 images.
-    """
-    if len(images) < 20:
-        return
-    shapes = np.array([i.shape for i in images])
-    pattern = shapes.mean(axis=0)
-    pattern /= max(np.linalg.norm(pattern), 1e-6)
-    upright = (shapes * pattern).sum(axis=(1, 2))
-    turned = (shapes[:, ::-1] * pattern).sum(axis=(1, 2))
-    for found, gain in zip(images, turned - upright, strict=True):
-        if gain > margin:
-            found.findings.append(
-                f"upside down: turned over it is more like the other slices (by {gain:.2f})"
-            )
 
 
 def counts(
@@ -149,7 +130,17 @@ def box_sizes(images: Sequence[Inspected], short_edge: int) -> np.ndarray:
     return np.array(sizes, dtype=float).reshape(-1, 2)
 
 
-def _head_share(grey: np.ndarray) -> float:
-    """Share of the image that its largest connected part that is no air takes."""
+def _head_and_couch(grey: np.ndarray) -> tuple[float, float, float]:
+    """Shares of the image: its largest connected part that is no air, which is taken for the head,
+    and what lies apart from it above and below the head's middle, which may be the couch."""
     parts, count = ndimage.label(grey > DARK)
-    return float(np.bincount(parts.ravel())[1:].max() / grey.size) if count else 0.0
+    if not count:
+        return 0.0, 0.0, 0.0
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    head = int(sizes.argmax())
+    rows = ndimage.find_objects(parts)[head - 1][0]
+    middle = (rows.start + rows.stop) // 2
+    apart = (parts > 0) & (parts != head) & (sizes[parts] >= 5)
+    above, below = apart[:middle].sum(), apart[middle:].sum()
+    return sizes[head] / grey.size, above / grey.size, below / grey.size

@@ -243,8 +243,8 @@ def test_real_tree(tmp_path):
         sum(bool(read_voc(tmp_path / f"Annotations/{i}.xml").objects) for i in ids)
         for ids in lists(tmp_path).values()
     ]
-    np.testing.assert_allclose(np.divide(sizes, 335), [0.5, 0.2, 0.3], atol=0.06)
-    np.testing.assert_allclose(np.divide(positive, 155), [0.5, 0.2, 0.3], atol=0.06)
+    np.testing.assert_allclose(np.divide(sizes, 335), [0.5, 0.2, 0.3], atol=0.1)
+    np.testing.assert_allclose(np.divide(positive, 155), [0.5, 0.2, 0.3], atol=0.1)
 
 
 def test_folds(tree):

@@ -1,0 +1,77 @@
+#!/usr/bin/env python
+"""DICOM as windowed PNG of the same size, to draw boxes on in LabelImg.
+
+export.json in OUTPUT says of which slice each picture is, without saying whose; so
+prepare_labelimg.py finds the way from an XML drawn on a picture back to its DICOM file.
+
+    python datasets/export_png.py exams --output pictures --window 50 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from ich_det2.data.dicom import read_identity, read_series, read_windowed
+from ich_det2.data.prepare import progress, warn
+from ich_det2.data.voc_writer import pseudonym
+from ich_det2.files import write_atomically
+
+INDEX = "export.json"
+
+
+def main(argv=None) -> int:
+    """Run the command; returns the exit code, 2 for an error of the user."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of DICOM files")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="for the pictures"
+    )
+    parser.add_argument(
+        "--window", type=float, nargs=2, default=(50, 100), metavar=("LEVEL", "WIDTH"), help="HU"
+    )
+    args = parser.parse_args(argv)
+    try:
+        export(args.source, args.output, tuple(args.window))
+    except (ValueError, OSError) as error:
+        print(f"export_png: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def export(source: Path, output: Path, window: tuple[float, float]) -> None:
+    """Write the pictures that are not there yet, and the index."""
+    series, skipped = read_series(source)
+    output.mkdir(parents=True, exist_ok=True)
+    index = {}
+    for s in progress(series, "series"):
+        prefix = pseudonym("patient", s.patient_id or s.study_uid)[8:]
+        prefix += "_" + pseudonym("series", s.series_uid)[7:13]
+        for i, (path, frame) in enumerate(zip(s.files, s.frames)):
+            if frame is not None:
+                continue  # a tree of slices cannot hold a file of several
+            name = f"{prefix}_{i:03d}"
+            uid = read_identity(path)[2]
+            index[name] = {"sop": hashlib.sha256(uid.encode()).hexdigest(), "window": window}
+            if not (output / f"{name}.png").exists():
+                grey, _ = read_windowed(path, [window])
+                with write_atomically(output / f"{name}.png", "wb") as file:
+                    Image.fromarray(grey[..., 0]).save(file, format="PNG")
+    if not index:
+        raise ValueError(f"{source}: holds no CT slices; {len(skipped)} files were skipped.")
+    with write_atomically(output / INDEX) as file:
+        json.dump(index, file, indent=1)
+    if skipped:
+        warn(f"{len(skipped)} files are no CT slices; the first: {skipped[0][1]}")
+    print(f"{output}: {len(index)} pictures")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

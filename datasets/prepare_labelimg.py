@@ -1,0 +1,104 @@
+#!/usr/bin/env python
+"""A folder of DICOM, PNG or JPEG with LabelImg's XML as a VOC tree.
+
+An XML has the name of its image and lies beside it, or anywhere in SOURCE. Images without an XML
+are healthy with --healthy, and left out otherwise. With --dicom, pictures written by export_png.py
+are replaced by the DICOM slices that they show.
+
+    python datasets/prepare_labelimg.py pictures --output data/mine --dicom exams --healthy
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from ich_det2.data.dicom import read_identity, read_place, read_series, read_size
+from ich_det2.data.prepare import progress, run_preparer, warn
+from ich_det2.data.voc import read_voc
+from ich_det2.data.voc_writer import pseudonym
+
+SUFFIXES = (".dcm", ".png", ".jpg", ".jpeg")
+
+
+def main(argv=None) -> int:
+    return run_preparer("labelimg", __doc__, argv, prepare, options=add_options)
+
+
+def add_options(parser) -> None:
+    parser.add_argument("--dicom", type=Path, metavar="DIR", help="what export_png.py was given")
+    parser.add_argument("--healthy", action="store_true", help="images without an XML are healthy")
+
+
+def prepare(args, tree) -> None:
+    annotations = {p.stem: p for p in sorted(args.source.rglob("*.xml"))}
+    images = {p.stem: p for p in sorted(args.source.rglob("*")) if p.suffix.lower() in SUFFIXES}
+    slices = find_exported(args.source / "export.json", args.dicom) if args.dicom else {}
+    if stray := sorted(annotations.keys() - images.keys()):
+        warn(f"{len(stray)} XML without an image, '{stray[0]}' for one, were left out.")
+    for name, path in progress(images.items(), "images"):
+        identifier = re.sub(r"[^\w.-]", "_", name)
+        if identifier in tree or (name not in annotations and not args.healthy):
+            continue
+        path = slices.get(name, path)
+        patient, study, series, position = name, "", "", None
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            with Image.open(path) as image:
+                size = image.size[::-1]
+        else:
+            size = read_size(path)
+            patient, study, _ = read_identity(path)
+            series, position = read_place(path)
+            patient, study = patient or study or name, study or patient or name
+            patient, study = pseudonym("patient", patient), pseudonym("study", study)
+            series = pseudonym("series", series or study)
+        objects = []
+        if name in annotations:
+            voc = read_voc(annotations[name])
+            if voc.width is not None and (voc.height, voc.width) != size:
+                raise ValueError(
+                    f"{voc.path}: was drawn on {voc.width} x {voc.height} pixels, the image has "
+                    f"{size[1]} x {size[0]}."
+                )
+            objects = [(obj.name, obj.box) for obj in voc.objects]
+        tree.add(
+            identifier,
+            path,
+            objects,
+            size=size,
+            patient=patient,
+            study=study,
+            series=series,
+            position_mm=position,
+        )
+
+
+def find_exported(index: Path, dicom: Path) -> dict[str, Path]:
+    """The DICOM file of each picture that export_png.py wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: no index, or a slice that is not in the folder any more.
+    """
+    if not index.is_file():
+        raise FileNotFoundError(f"{index}: no such file; --dicom needs what export_png.py wrote.")
+    wanted = json.loads(index.read_text(encoding="utf-8"))
+    series, _ = read_series(dicom)
+    paths = {
+        hashlib.sha256(read_identity(path)[2].encode()).hexdigest(): path
+        for s in series
+        for path in dict.fromkeys(s.files)
+    }
+    missing = [name for name, entry in wanted.items() if entry["sop"] not in paths]
+    if missing:
+        raise ValueError(
+            f"{dicom}: lacks the slices of {len(missing)} pictures, '{missing[0]}' for one."
+        )
+    return {name: paths[entry["sop"]] for name, entry in wanted.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,326 @@
+"""Each preparer on a small sample in its own format; what was written loads as a data set."""
+
+import csv
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from ich_det2.data import load_ich_voc
+from ich_det2.data.dicom import read_hu, read_series
+from ich_det2.data.splits import find_images, read_labels, read_patients
+from ich_det2.data.voc import read_voc, write_voc
+
+ROOT = Path(__file__).parents[2]
+REAL = ROOT / "../shared/data"
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "datasets" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def boxes(root):
+    """Names and boxes of each image."""
+    return {
+        p.stem: [(o.name, o.box) for o in read_voc(p).objects]
+        for p in sorted((root / "Annotations").glob("*.xml"))
+    }
+
+
+def loads(root):
+    """The whole tree as a data set."""
+    names = sorted(find_images(root))
+    (root / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+    (root / "ImageSets/Main/all.txt").write_text("\n".join(names))
+    return {d["image_id"]: d for d in load_ich_voc(root, "all")}
+
+
+def times(root):
+    return {
+        p: p.stat().st_mtime_ns for p in root.rglob("*") if p.suffix in (".xml", ".dcm", ".png")
+    }
+
+
+# ---- CQ500 and BHX -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cq500(tmp_path, write_ct):
+    """Two series of CQ500-CT-7, one with boxes, and a healthy CQ500-CT-8."""
+    source = tmp_path / "cq500"
+    for number, series in ((7, "1.7.1"), (7, "1.7.2"), (8, "1.8.1")):
+        folder = source / f"CQ500CT{number}" / series
+        folder.mkdir(parents=True)
+        for i in range(3):
+            write_ct(
+                folder / f"CT{i}.dcm", np.full((64, 64), 30.0 + i), PatientID=f"CQ500-CT-{number}",
+                StudyInstanceUID=f"1.{number}", SeriesInstanceUID=series,
+                SOPInstanceUID=f"{series}.{i}", ImagePositionPatient=[0, 0, 5 * i],
+                ImageOrientationPatient=[1, 0, 0, 0, 1, 0], PixelSpacing=[0.5, 0.5],
+            )  # fmt: skip
+    rows = [
+        ("1.7.1.1", "{'x': 10.5, 'y': 20, 'width': 30, 'height': 5.5}", "Subdural", "handDrawn"),
+        ("1.7.1.1", "{'x': 50, 'y': 2, 'width': 30, 'height': 5}", "Chronic", "handDrawn"),
+        ("1.7.1.2", "{'x': 1, 'y': 2, 'width': 3, 'height': 4}", "Epidural", "extrapolated"),
+        ("1.9.9", "{'x': 1, 'y': 2, 'width': 3, 'height': 4}", "Epidural", "handDrawn"),
+    ]
+    with open(tmp_path / "boxes.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["", "SOPInstanceUID", "SeriesInstanceUID", "data", "labelName", "labelType"]
+        )
+        writer.writerows([i, uid, "", data, *rest] for i, (uid, data, *rest) in enumerate(rows))
+    (tmp_path / "reads.csv").write_text(
+        "name,R1:ICH,R2:ICH,R3:ICH\nCQ500-CT-7,1,1,1\nCQ500-CT-8,0,0,0\n"
+    )
+    return source
+
+
+def test_bhx(tmp_path, cq500, capsys):
+    args = [str(cq500), "--output", str(tmp_path / "t"), "--boxes", str(tmp_path / "boxes.csv")]
+    assert tool("prepare_bhx").main(args) == 0
+    assert "1 of 3 slices with boxes are not among the 1 series" in capsys.readouterr().err
+    found = list(boxes(tmp_path / "t").values())
+    # The box that reaches over the border is clipped; the slices are in anatomical order.
+    subdural = [("SDH", (10.5, 20, 40.5, 25.5)), ("Chronic", (50, 2, 64, 7))]
+    assert found == [[], subdural, [("EDH", (1, 2, 4, 6))]]
+    dicts = loads(tmp_path / "t")
+    assert len({d["patient_id"] for d in dicts.values()}) == 1
+    text = "".join(p.read_text() for p in (tmp_path / "t").rglob("*.[cjx][so][vnm]*"))
+    assert "CQ500-CT" not in text and "1.7.1" not in text
+    sources = json.loads((tmp_path / "t/sources.json").read_text())
+    kinds = [entry["labelType"] for entry in sources.values()]
+    assert kinds == [[], ["handDrawn", "handDrawn"], ["extrapolated"]]
+    # Once more: nothing is written again.
+    before = times(tmp_path / "t")
+    assert tool("prepare_bhx").main(args) == 0 and times(tmp_path / "t") == before
+
+
+def test_bhx_hand_drawn_with_healthy_studies(tmp_path, cq500):
+    args = [str(cq500), "--output", str(tmp_path / "t"), "--boxes", str(tmp_path / "boxes.csv")]
+    args += ["--label-types", "handDrawn", "--reads", str(tmp_path / "reads.csv")]
+    assert tool("prepare_bhx").main(args) == 0
+    assert sorted(map(len, boxes(tmp_path / "t").values())) == [0, 0, 0, 0, 0, 2]
+    assert len({p for p, _ in read_patients(tmp_path / "t").values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("__import__('os').system('x')", "line 2: data is"),
+        ("{'x': 1, 'y': 1, 'width': 0, 'height': 1}", "is empty"),
+    ],
+)
+def test_bhx_refuses_what_is_no_box(tmp_path, cq500, capsys, bad, message):
+    with open(tmp_path / "boxes.csv", "w", newline="") as file:
+        rows = [["SOPInstanceUID", "data", "labelName", "labelType"], ["1", bad, "Subdural", "x"]]
+        csv.writer(file).writerows(rows)
+    args = [str(cq500), "--output", str(tmp_path / "t"), "--boxes", str(tmp_path / "boxes.csv")]
+    assert tool("prepare_bhx").main(args) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
+def test_bhx_on_the_real_slice(tmp_path):
+    source = REAL / "dicom/cq500_693"
+    args = [str(source), "--output", str(tmp_path), "--boxes", str(source / "693_bhx_rows.csv")]
+    assert tool("prepare_bhx").main(args) == 0
+    ((name, objects),) = boxes(tmp_path).items()
+    assert [label for label, _ in objects] == ["Chronic", "SDH"]
+    hu = read_hu(tmp_path / "DICOM" / f"{name}.dcm")
+    inside = np.zeros_like(hu, bool)
+    x0, y0, x1, y1 = (round(v) for v in objects[1][1])
+    inside[y0:y1, x0:x1] = True
+    # A chronic subdural hematoma: fluid of 5 to 22 HU, mostly in the box, on the image's right.
+    fluid = (hu > 5) & (hu < 22)
+    assert (fluid & inside).sum() > 9_000 and x0 > 250
+    mirrored = inside[:, ::-1]
+    assert (fluid & inside).sum() > 2 * (fluid & mirrored & ~inside).sum()
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+
+def save_nifti(path, slices, axes):
+    """Slices (D, H, W), rows to the back, columns to the left, as a volume in an orientation."""
+    data = slices.T[::-1, ::-1]  # RAS+
+    image = nib.Nifti1Image(np.ascontiguousarray(data), np.diag([0.5, 0.5, 5, 1]))
+    wanted = nib.orientations.axcodes2ornt(axes)
+    now = nib.orientations.axcodes2ornt("RAS")
+    image = image.as_reoriented(nib.orientations.ornt_transform(now, wanted))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(image, path)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAS"])
+def test_ct_ich(tmp_path, axes, capsys):
+    source = tmp_path / "ct-ich"
+    hu = np.random.default_rng(0).integers(-1000, 1000, (3, 40, 48)).astype(np.int16)
+    mask = np.zeros((3, 40, 48), np.uint8)
+    mask[1, 5:12, 20:30] = 255
+    mask[2, 5:12, 20:30] = mask[2, 30:36, 2:9] = 255
+    mask[2, 20, 20] = 255  # a speck
+    save_nifti(source / "ct_scans/049.nii", hu, axes)
+    save_nifti(source / "masks/049.nii", mask, axes)
+    types = "Intraventricular,Intraparenchymal,Subarachnoid,Epidural,Subdural"
+    (source / "hemorrhage_diagnosis_raw_ct.csv").write_text(
+        f"PatientNumber,SliceNumber,{types},No_Hemorrhage,Fracture_Yes_No\n"
+        "49,1,0,1,0,0,0,0,0\n49,2,0,0,0,1,0,0,0\n49,3,1,1,0,0,0,0,0\n"
+    )
+    assert tool("prepare_ct_ich").main([str(source), "--output", str(tmp_path / "t")]) == 0
+    assert "on 1 slices mask and diagnosis disagree" in capsys.readouterr().err
+    first, second = (20, 5, 30, 12), (2, 30, 9, 36)
+    assert boxes(tmp_path / "t") == {
+        "049_01": [],
+        "049_02": [("EDH", first)],
+        "049_03": [("hemorrhage", first), ("hemorrhage", second)],
+    }
+    for i in range(3):
+        assert np.array_equal(read_hu(tmp_path / f"t/DICOM/049_0{i + 1}.dcm"), hu[i])
+    (series,), _ = read_series(tmp_path / "t/DICOM")
+    assert [p.stem for p in series.files] == ["049_01", "049_02", "049_03"]
+    assert series.spacing_mm == (5, 0.5, 0.5) and series.notes == ()
+    assert {d["patient_id"] for d in loads(tmp_path / "t").values()} == {"049"}
+
+
+def test_masks_of_volumes(tmp_path):
+    mask = np.zeros((2, 32, 32), np.uint8)
+    mask[0, 4:10, 4:10], mask[0, 12:20, 4:10] = 1, 2
+    save_nifti(tmp_path / "s/images/case.nii.gz", np.zeros((2, 32, 32), np.int16), "LPS")
+    save_nifti(tmp_path / "s/masks/case.nii.gz", mask, "LPS")
+    args = [str(tmp_path / "s"), "--output", str(tmp_path / "t"), "--classes", "1=EDH", "2=SDH"]
+    assert tool("prepare_masks").main(args) == 0
+    expected = [("EDH", (4, 4, 10, 10)), ("SDH", (4, 12, 10, 20))]
+    assert boxes(tmp_path / "t") == {"case_000": expected, "case_001": []}
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_masks_of_pictures(tmp_path, colours):
+    for folder in ("images", "masks"):
+        (tmp_path / "s" / folder).mkdir(parents=True)
+    Image.fromarray(np.full((32, 40), 99, np.uint8)).save(tmp_path / "s/images/p1_04.jpg")
+    mask = np.zeros((32, 40, 3), np.uint8)
+    mask[4:10, 4:10] = (255, 0, 0) if colours else 1
+    mask[10:14, 10:14] = (255, 0, 0) if colours else 1  # touches at a corner: the same part
+    mask[20:30, 20:30] = (0, 255, 0) if colours else 2
+    mask[2:6, 30:38] = (0, 0, 255) if colours else 3  # of no class
+    Image.fromarray(mask if colours else mask[..., 0]).save(tmp_path / "s/masks/p1_04.png")
+    classes = ["ff0000=SDH", "00ff00=IPH"] if colours else ["1=SDH", "2=IPH"]
+    args = [str(tmp_path / "s"), "--output", str(tmp_path / "t"), "--classes", *classes]
+    assert tool("prepare_masks").main(args) == 0
+    found = sorted(boxes(tmp_path / "t")["p1_04"])
+    assert found == [("IPH", (20, 20, 30, 30)), ("SDH", (4, 4, 14, 14))]
+    assert read_patients(tmp_path / "t") == {"p1_04": ("p1", "p1")}
+
+
+def test_an_image_without_mask_is_named(tmp_path, capsys):
+    for folder in ("images", "masks"):
+        (tmp_path / "s" / folder).mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "s/images/a.png")
+    assert tool("prepare_masks").main([str(tmp_path / "s"), "--output", str(tmp_path / "t")]) == 2
+    assert "'a' and 0 more have an image or a mask alone" in capsys.readouterr().err
+
+
+# ---- RSNA ----------------------------------------------------------------------------------------
+
+
+def test_rsna(tmp_path, write_ct, capsys):
+    (tmp_path / "s").mkdir()
+    for name in ("ID_a", "ID_b"):
+        write_ct(tmp_path / f"s/{name}.dcm", np.zeros((16, 16)), PatientID="ID_person")
+    (tmp_path / "s/ID_c.dcm").write_bytes(b"damaged")
+    lines = ["ID,Label"]
+    for name, label in (("ID_a", 1), ("ID_b", 0), ("ID_c", 0)):
+        lines += [f"{name}_epidural,{label}", f"{name}_any,{label}"]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    args = [str(tmp_path / "s"), "--output", str(tmp_path / "t")]
+    assert tool("prepare_rsna").main([*args, "--labels", str(tmp_path / "labels.csv")]) == 0
+    assert "1 of 3 images cannot be read" in capsys.readouterr().err
+    assert read_labels(tmp_path / "t") == {"ID_a": 1, "ID_b": 0}
+    dicts = loads(tmp_path / "t")
+    assert {i: (d["image_label"], d["annotations"]) for i, d in dicts.items()} == {
+        "ID_a": (1, []),
+        "ID_b": (0, []),
+    }
+
+
+# ---- LabelImg ------------------------------------------------------------------------------------
+
+
+def test_from_dicom_to_png_to_labelimg_and_back(tmp_path, write_ct):
+    exams = tmp_path / "exams"
+    exams.mkdir()
+    for i in range(3):
+        write_ct(
+            exams / f"{i}.dcm", np.full((40, 48), 10.0 * i), PatientID="secret",
+            StudyInstanceUID="1.2", SeriesInstanceUID="1.2.3", ImagePositionPatient=[0, 0, -5 * i],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+        )  # fmt: skip
+    pictures = tmp_path / "pictures"
+    assert tool("export_png").main([str(exams), "--output", str(pictures)]) == 0
+    names = sorted(p.stem for p in pictures.glob("*.png"))
+    # From the feet up: the last file first. Window 50/100: 20 HU is 51.
+    assert [np.asarray(Image.open(pictures / f"{n}.png"))[0, 0] for n in names] == [51, 26, 0]
+    assert "secret" not in (pictures / "export.json").read_text() + "".join(names)
+    objects = [("SDH", (3, 4, 20, 30))]
+    xml = pictures / f"{names[1]}.xml"
+    write_voc(xml, filename=f"{names[1]}.png", width=48, height=40, objects=objects)
+
+    args = [str(pictures), "--healthy", "--output"]
+    assert tool("prepare_labelimg").main([*args, str(tmp_path / "t"), "--dicom", str(exams)]) == 0
+    assert boxes(tmp_path / "t") == {names[0]: [], names[1]: objects, names[2]: []}
+    hu = [read_hu(tmp_path / f"t/DICOM/{n}.dcm")[0, 0] for n in names]
+    assert hu == [20, 10, 0]
+    assert len({d["patient_id"] for d in loads(tmp_path / "t").values()}) == 1
+    # Without --dicom the pictures themselves; without --healthy those with an XML alone.
+    assert tool("prepare_labelimg").main([str(pictures), "--output", str(tmp_path / "u")]) == 0
+    assert [p.name for p in (tmp_path / "u/JPEGImages").iterdir()] == [f"{names[1]}.png"]
+
+
+def test_labelimg_drawn_on_another_size(tmp_path, capsys):
+    Image.new("L", (48, 40)).save(tmp_path / "a.png")
+    write_voc(tmp_path / "a.xml", filename="a.png", width=40, height=40, objects=[])
+    args = [str(tmp_path), "--output", str(tmp_path / "t")]
+    assert tool("prepare_labelimg").main(args) == 2
+    assert "was drawn on 40 x 40 pixels, the image has 48 x 40" in capsys.readouterr().err
+
+
+# ---- COCO ----------------------------------------------------------------------------------------
+
+
+def test_coco_there_and_back(tmp_path, full_tree):
+    root = full_tree("png")
+    coco = tool("coco")
+    assert coco.main(["export", str(root), "train", "--output", str(tmp_path / "c.json")]) == 0
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert [a["bbox"] for a in content["annotations"]] == [[10, 12, 20, 16]] * 2
+    args = ["import", str(tmp_path / "c.json"), str(root), "--output", str(tmp_path / "t")]
+    assert coco.main(args) == 0
+    expected = boxes(root)
+    assert boxes(tmp_path / "t") == {i: expected[i] for i in "abcd"}
+    assert read_patients(tmp_path / "t")["a"][0] == "p-a"
+
+
+def test_coco_that_leads_out_of_the_folder(tmp_path, full_tree, capsys):
+    root = full_tree("png")
+    shutil.copy(root / "JPEGImages/a.png", tmp_path / "a.png")
+    image = {"id": 1, "file_name": "../a.png", "height": 48, "width": 64}
+    content = {"images": [image], "annotations": [], "categories": []}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    args = ["import", str(tmp_path / "c.json"), str(root), "--output", str(tmp_path / "t")]
+    assert tool("coco").main(args) == 2
+    assert "is not in" in capsys.readouterr().err
+
+
+def test_no_such_source(tmp_path, capsys):
+    args = [str(tmp_path / "none"), "--output", str(tmp_path / "t")]
+    assert tool("prepare_ct_ich").main(args) == 2
+    assert "no such folder" in capsys.readouterr().err and not (tmp_path / "t").exists()
