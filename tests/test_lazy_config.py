@@ -147,9 +147,9 @@ def test_the_data_are_the_same(full_tree):
         first[0]["image"],
         IchDatasetMapper(cfg, is_train=False)(load_ich_voc(root, "val")[0])["image"],
     )
-    evaluator = instantiate(lazy.dataloader.evaluator)
-    assert evaluator.thresholds == cfg.TEST.DIAGNOSIS.THRESHOLDS
-    assert evaluator.operating_threshold == cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD
+    settings = instantiate(lazy.dataloader.evaluator).settings
+    assert list(settings.thresholds) == cfg.TEST.DIAGNOSIS.THRESHOLDS
+    assert settings.operating_threshold == cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD
 
 
 def test_the_schedule_is_the_same(models):
