@@ -1,0 +1,75 @@
+"""The operating point belongs to the weights it was chosen with."""
+
+import numpy as np
+import pytest
+
+from ich_det2.engine.operating_point import (
+    check_operating_point,
+    choose_operating_point,
+    find_operating_point,
+)
+from ich_det2.evaluation.predictions import Predictions, write_predictions
+
+
+@pytest.fixture
+def run(tiny_cfg, tmp_path):
+    """A config, and weights with stored predictions of the validation."""
+
+    def make(*opts):
+        cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), *opts)
+        folder = tmp_path / "inference" / "ich_val"
+        folder.mkdir(parents=True, exist_ok=True)
+        ids, scores = list("abcd"), np.array([0.9, 0.4, 0.3, 0.1])
+        write_predictions(Predictions(ids, ids, ids, np.array([1, 1, 0, 0]), scores), folder)
+        weights = tmp_path / "model_best.pth"
+        weights.write_bytes(b"weights")
+        return cfg, weights
+
+    return make
+
+
+RULE = "TEST.DIAGNOSIS.OPERATING_POINT.RULE"
+
+
+def test_what_was_chosen_on_validation_is_found_with_the_weights(run):
+    cfg, weights = run(RULE, "youden")
+    point = choose_operating_point(cfg, weights)
+    assert point.threshold == pytest.approx(0.35)  # between 0.4 and 0.3
+    assert cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD == point.threshold
+    later, _ = run(RULE, "youden")
+    assert find_operating_point(later, weights) == point
+    assert later.TEST.DIAGNOSIS.OPERATING_THRESHOLD == point.threshold
+
+
+def test_other_weights_do_not_get_it(run, caplog):
+    cfg, weights = run(RULE, "youden")
+    choose_operating_point(cfg, weights)
+    weights.write_bytes(b"trained again")
+    later, _ = run(RULE, "youden")
+    weights.write_bytes(b"trained again")
+    assert find_operating_point(later, weights) is None
+    assert later.TEST.DIAGNOSIS.OPERATING_THRESHOLD == 0.5
+    assert "belongs to other weights" in caplog.text
+
+
+def test_a_fixed_threshold_follows_the_config(run):
+    cfg, weights = run()
+    assert choose_operating_point(cfg, weights).threshold == 0.5
+    later, _ = run("TEST.DIAGNOSIS.OPERATING_THRESHOLD", "0.85")
+    assert find_operating_point(later, weights).rule == "fixed"
+    assert later.TEST.DIAGNOSIS.OPERATING_THRESHOLD == 0.85
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        ((RULE, "best"), "OPERATING_POINT: the rule is 'best'"),
+        (("TEST.DIAGNOSIS.COST_RATIO", "0.0"), "COST_RATIO is 0.0, expected above 0"),
+        (("TEST.DIAGNOSIS.PATIENT_RULES", "['most']"), "the patient rule is 'most'"),
+        (("TEST.DIAGNOSIS.PATIENT_RULES", "[]"), "expected at least one"),
+    ],
+)
+def test_a_wrong_key_is_named_before_training(run, opts, message):
+    cfg, _ = run(*opts)
+    with pytest.raises(ValueError, match=message):
+        check_operating_point(cfg)
