@@ -73,7 +73,7 @@ def inspect_image(
     share, above, below = _head_and_couch(grey)
     if share < 0.04:
         say("no head: nearly all is air")
-    elif above > 1e-3 and above > 3 * below:
+    elif above > 2e-4 and above > 3 * below:
         say("upside down: the couch or headrest seems to be above the head")
     for obj in objects:
         x0, y0, x1, y1 = (int(round(v)) for v in obj.box)
@@ -132,7 +132,9 @@ def box_sizes(images: Sequence[Inspected], short_edge: int) -> np.ndarray:
 
 def _head_and_couch(grey: np.ndarray) -> tuple[float, float, float]:
     """Shares of the image: its largest connected part that is no air, which is taken for the head,
-    and what lies apart from it above and below the head's middle, which may be the couch."""
+    and what may be the couch above and below the head's middle: parts of their own that are wide,
+    or reach the picture's border, as no part of a face does."""
+    height, width = grey.shape
     parts, count = ndimage.label(grey > DARK)
     if not count:
         return 0.0, 0.0, 0.0
@@ -141,6 +143,10 @@ def _head_and_couch(grey: np.ndarray) -> tuple[float, float, float]:
     head = int(sizes.argmax())
     rows = ndimage.find_objects(parts)[head - 1][0]
     middle = (rows.start + rows.stop) // 2
-    apart = (parts > 0) & (parts != head) & (sizes[parts] >= 5)
-    above, below = apart[:middle].sum(), apart[middle:].sum()
+    above = below = 0
+    for label, (y, x) in enumerate(ndimage.find_objects(parts), start=1):
+        at_border = x.start == 0 or y.start == 0 or x.stop == width or y.stop == height
+        if label != head and (at_border or x.stop - x.start > width / 4):
+            above += sizes[label] if y.stop <= middle else 0
+            below += sizes[label] if y.start >= middle else 0
     return sizes[head] / grey.size, above / grey.size, below / grey.size
