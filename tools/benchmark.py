@@ -8,15 +8,17 @@
 
 train-step: against stock Detectron2. diagnosis: at many thresholds against a loop over
 scikit-learn's metrics, with the same numbers as result. read-slices: a windowed slice against
-pydicom's pixel_array, apply_rescale and a float64 window. loader: slices per second of the training
-loader. What is compared is timed in turn, so that a machine whose speed wanders slows both; quote
-the ratio, not the seconds.
+pydicom's pixel_array, apply_rescale and a float64 window, once where the C library gives the memory
+of each array back, as in a process that has just begun, and once where it keeps it, as it comes to
+do in long ones. loader: slices per second of the training loader. What is compared is timed in
+turn, so that a machine whose speed wanders slows both; quote the ratio, not the seconds.
 """
 
 import argparse
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -46,6 +48,11 @@ from ich_det2.evaluation.diagnosis import (
 from ich_det2.evaluation.intervals import bootstrap_by_group
 
 SIZES, RATIOS = [[32.0, 64.0, 128.0]], [[0.5, 1.0, 2.0]]
+# What glibc does with the memory of arrays of some megabytes; other C libraries do not read it.
+HEAPS = {
+    "given back": "glibc.malloc.mmap_threshold=131072",
+    "kept": "glibc.malloc.mmap_threshold=134217728:glibc.malloc.trim_threshold=268435456",
+}
 STOCK = ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.RPN.HEAD_NAME", "StandardRPNHead"]
 
 
@@ -78,6 +85,7 @@ def parse_args(argv=None):
     read.add_argument(
         "--window", type=float, nargs=2, default=(50, 100), metavar=("LEVEL", "WIDTH")
     )
+    read.add_argument("--memory", choices=HEAPS, help=argparse.SUPPRESS)  # of this process
     read.set_defaults(run=read_slices)
     feed = commands.add_parser("loader", help="the training loader, by number of workers")
     feed.add_argument("--data", type=Path, required=True, help="VOC tree with ImageSets")
@@ -246,6 +254,16 @@ def diagnosis(args) -> None:
 
 
 def read_slices(args) -> None:
+    if args.memory is None:  # it can only be chosen for a new process
+        for memory, tunables in HEAPS.items():
+            command = [sys.executable, __file__, "read-slices", str(args.folder)]
+            command += ["--rounds", str(args.rounds), "--window", *map(str, args.window)]
+            done = subprocess.run(
+                [*command, "--memory", memory], env={**os.environ, "GLIBC_TUNABLES": tunables}
+            )
+            if done.returncode:
+                sys.exit(done.returncode)
+        return
     series, _ = read_series(args.folder)
     paths = {"compressed": [], "uncompressed": []}
     for path in dict.fromkeys(path for s in series for path in s.files):
@@ -289,7 +307,10 @@ def read_slices(args) -> None:
                 np.abs(plainly(path) - apply_window(read_hu(path), level, width)).max()
                 for path in files
             )
-            print(f"{len(files)} {kind} slices; largest difference of the window {worst:.1e}")
+            print(
+                f"{len(files)} {kind} slices, memory {args.memory}; largest difference of the"
+                f" window {worst:.1e}"
+            )
             headers = ["", "median ms", "min ms", "times as fast", "by the minima"]
             print(tabulate(rows, headers, floatfmt=".2f", tablefmt="github"))
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 from detectron2.data import transforms as T
+from PIL import Image
 
 
 def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:
@@ -69,7 +71,22 @@ def shift_scale_transform(
     h, w = image_size
     cx, cy = w * (0.5 - shift_x / scale), h * (0.5 - shift_y / scale)
     half_w, half_h = w / (2 * scale), h / (2 * scale)
-    return T.ExtentTransform((cx - half_w, cy - half_h, cx + half_w, cy + half_h), (h, w))
+    return _ExtentTransform((cx - half_w, cy - half_h, cx + half_w, cy + half_h), (h, w))
+
+
+class _ExtentTransform(T.ExtentTransform):
+    """Detectron2's transform by OpenCV, a tenth of Pillow's time and most of a mapper's."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        h, w = self.output_size
+        x0, y0, x1, y1 = self.src_rect
+        step_x, step_y = (x1 - x0) / w, (y1 - y0) / h
+        # From the output to the input, between centres of pixels, which OpenCV counts from 0.
+        matrix = np.array([[step_x, 0, x0 + step_x / 2 - 0.5], [0, step_y, y0 + step_y / 2 - 0.5]])
+        nearest = (self.interp if interp is None else interp) == Image.NEAREST
+        flags = (cv2.INTER_NEAREST if nearest else cv2.INTER_LINEAR) | cv2.WARP_INVERSE_MAP
+        moved = cv2.warpAffine(img, matrix, (w, h), flags=flags)
+        return moved.reshape(h, w, *img.shape[2:])  # OpenCV drops the axis of a single channel
 
 
 def expand_dataset(

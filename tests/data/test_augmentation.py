@@ -24,6 +24,21 @@ def moved(point, size, *args):
 # ---- shift_scale_transform ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("args", [(0, 0, 1), (0.1, -0.05, 1.2), (-0.07, 0.02, 0.85)])
+def test_pixels_are_those_of_detectron2s_transform(args, channels):
+    rng = np.random.default_rng(0)
+    image = np.kron(rng.integers(0, 255, (6, 8, channels)), np.ones((10, 10, 1))).astype(np.uint8)
+    ours = shift_scale_transform(image.shape[:2], *args)
+    stock = T.ExtentTransform(ours.src_rect, ours.output_size).apply_image(image)
+    moved = ours.apply_image(image)
+    assert moved.dtype == np.uint8 and moved.shape == image.shape
+    # Where all four pixels around a point lie in the image.
+    inside = ours.apply_image(np.full_like(image, 255)) == 255
+    difference = np.abs(moved.astype(int) - stock.reshape(moved.shape))[inside]
+    assert inside.mean() > 0.6 and difference.max() <= 8 and difference.mean() < 1
+
+
 def test_no_shift_and_no_scale_changes_nothing():
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 1), dtype=np.uint8)
     transform = shift_scale_transform((48, 64), 0, 0, 1)

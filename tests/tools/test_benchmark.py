@@ -55,7 +55,8 @@ def test_slices_read_in_each_way_are_compared(tool, capsys, tmp_path, write_ct, 
         ds = pydicom.dcmread(path)
         ds.compress(RLELossless)
         ds.save_as(path)
-    assert tool.main(["read-slices", str(tmp_path), "--rounds", "2"]) == 0
+    command = ["read-slices", str(tmp_path), "--rounds", "2", "--memory", "kept"]
+    assert tool.main(command) == 0
     out = capsys.readouterr().out
     assert f"1 {'compressed' if compress else 'uncompressed'} slices" in out
     rows = [line for line in out.splitlines() if line.startswith("| ")][1:]
@@ -63,6 +64,17 @@ def test_slices_read_in_each_way_are_compared(tool, capsys, tmp_path, write_ct, 
     assert rows[0].count("1.00") == 2  # pydicom against itself
     difference = float(out.splitlines()[0].split()[-1])
     assert difference < 1e-6
+
+
+def test_slices_are_read_with_memory_given_back_and_kept(tool, capfd, tmp_path, write_ct):
+    write_ct(tmp_path / "a.dcm", np.zeros((512, 512)), SeriesInstanceUID="1.2")
+    assert tool.main(["read-slices", str(tmp_path), "--rounds", "1"]) == 0
+    out = capfd.readouterr().out
+    assert out.index("memory given back") < out.index("memory kept")
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["read-slices", str(tmp_path / "none")])
+    assert stop.value.code == 2
+    assert "none" in capfd.readouterr().err
 
 
 def test_the_loader_is_measured(tool, capsys, full_tree, monkeypatch):

@@ -128,7 +128,8 @@ def read_windowed(
             return window_image(hu, windows), header.spacing_mm
         rescale = replace(header, **_ANY_PLACE)
         planes = [cv2.LUT(words, table) for table in _grey_tables(rescale, windows)]
-        return np.stack(planes, axis=-1), header.spacing_mm
+        image = planes[0] if len(planes) == 1 else cv2.merge(planes)
+        return image.reshape(*words.shape, len(planes)), header.spacing_mm
 
 
 def _read_hu(file: BinaryIO, source: BinaryIO, header: Header, cache: Cache | None) -> np.ndarray:
