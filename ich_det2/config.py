@@ -24,6 +24,9 @@ def add_ich_config(cfg: CN) -> None:
     # Slices on either side that become channels, 0 or 1; with 1, the one window is applied to the
     # slice before, the slice and the slice after, along the slice normal.
     cfg.INPUT.CONTEXT_SLICES = 0
+    # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU) sees in order;
+    # at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.
+    cfg.INPUT.SEQUENCE_SLICES = 0
     # Folder in which decoded slices of compressed DICOM files are kept. "": none.
     cfg.INPUT.CACHE_DIR = ""
     cfg.INPUT.AUG = CN()
@@ -97,6 +100,16 @@ def add_ich_config(cfg: CN) -> None:
     # Share of the newest batch in the running statistics of batch norms that are not frozen. Some
     # networks come with 0.01, which lags behind in a training of some hundred steps.
     cfg.MODEL.TIMM.BN_MOMENTUM = 0.1
+
+    # ---- classifiers of whole slices (META_ARCHITECTURE ImageClassifier) ---------------------
+    cfg.MODEL.CLASSIFIER = CN()
+    # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionResNetV2,
+    # BHCNet, BHCNetLSTM or BHCNetGRU.
+    cfg.MODEL.CLASSIFIER.NAME = "DenseNet121"
+    # Side of the network's square input, pixels; slices are scaled to it by their longer side.
+    cfg.MODEL.CLASSIFIER.INPUT_SIZE = 224
+    # Weight of a slice with hemorrhage in the loss.
+    cfg.MODEL.CLASSIFIER.POS_WEIGHT = 1.0
 
     # ---- diagnosis ---------------------------------------------------------------------------
     cfg.TEST.DIAGNOSIS = CN()

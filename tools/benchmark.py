@@ -38,7 +38,7 @@ from ich_det2.data import register_ich_datasets
 from ich_det2.data.cache import SliceCache
 from ich_det2.data.dicom import apply_window, read_hu, read_series, read_windowed
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.setup import load_config
+from ich_det2.engine.setup import context_settings, load_config
 from ich_det2.evaluation.diagnosis import (
     confusion_at_thresholds,
     diagnosis_metrics,
@@ -331,7 +331,7 @@ def loader(args) -> None:
     for workers in args.workers:
         opts = ["DATASETS.ICH_ROOT", str(args.data), "DATALOADER.NUM_WORKERS", str(workers)]
         cfg = load_config(args.config_file, [*opts, "SEED", "1", *args.opts])
-        register_ich_datasets(args.data, cfg.DATASETS.ICH_CLASSES, context=cfg.INPUT.CONTEXT_SLICES)
+        register_ich_datasets(args.data, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
         batches = iter(IchTrainer.build_train_loader(cfg))
         # What workers have read ahead is not counted.
         for _ in range(2 + 2 * workers):

@@ -5,7 +5,7 @@
 
 In DIR: slices.csv and patients.csv with scores and verdicts, diagnosis.json with the boxes and the
 files that were skipped and why, and overlays/<patient>/<series>-<slice>.png of the positive slices
-and of each patient's highest scored one. A patient with a slice that could not be read has
+and of each patient's highest scored one. A classifier gives scores without boxes. A patient with a slice that could not be read has
 n_slices_failed above 0: a bleed on it would be missed. Patients are numbered, not named. PNG and
 JPEG are one patient each, unless they are in JPEGImages/ beside a patients.csv. @FILE takes inputs
 from a file, one a line. For research only, not for clinical use.
@@ -37,6 +37,7 @@ from ich_det2.engine.inference import (
     load_run,
 )
 from ich_det2.engine.operating_point import find_operating_point
+from ich_det2.engine.setup import context_settings
 from ich_det2.evaluation.diagnosis import diagnose, patient_scores
 from ich_det2.evaluation.visualize import draw_overlay
 from ich_det2.files import sha256, write_atomically, write_csv
@@ -131,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         point = find_operating_point(cfg, weights)
         threshold = cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD
     rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
-    slices, skipped = find_slices(args.inputs, identify=args.identify)
+    slices, skipped = find_slices(args.inputs, identify=args.identify, **context_settings(cfg))
     status.print(f"Model: {weights}", markup=False, highlight=False, soft_wrap=True)
     diagnoser = Diagnoser.from_run(cfg, weights, batch_size=args.batch_size or 0)
 

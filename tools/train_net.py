@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains, validates and tests a detector on head CT; Detectron2's own command line.
+"""Trains, validates and tests a detector or classifier on head CT; Detectron2's own command line.
 
     python tools/train_net.py --config-file configs/csfrcnn_r50.yaml DATASETS.ICH_ROOT my/data
     python tools/train_net.py --config-file output/csfrcnn_r50/config.yaml --eval-only \\
@@ -24,15 +24,13 @@ from ich_det2.data import register_ich_datasets
 from ich_det2.engine import IchCheckpointer, IchTrainer
 from ich_det2.engine.operating_point import check_operating_point, find_operating_point
 from ich_det2.engine.report import write_reports
-from ich_det2.engine.setup import check_config, load_config, log_to_terminal
+from ich_det2.engine.setup import check_config, context_settings, load_config, log_to_terminal
 
 
 def train(args, cfg) -> dict:
     """Trains and tests, or only tests, in each of the launched processes."""
     # Spawned processes start with empty registries of data.
-    register_ich_datasets(
-        cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, context=cfg.INPUT.CONTEXT_SLICES
-    )
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ich_det2")
     if args.eval_only:

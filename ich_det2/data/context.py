@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +13,13 @@ import numpy as np
 
 from .dicom import neighbours, read_place
 
+logger = logging.getLogger(__name__)
 
-def find_context(root: str | Path, images: Mapping[str, Path], reach: int) -> dict[str, list[str]]:
-    """The neighbours of each image within its series, for channels of context.
+
+def find_context(
+    root: str | Path, images: Mapping[str, Path], reach: int, *, by_name: bool = False
+) -> dict[str, list[str]]:
+    """The neighbours of each image within its series, for channels of context and sequences.
 
     DICOM files say which series they are of and where they lie. For PNG and JPEG ``patients.csv``
     has to say it in the columns ``series`` (or else ``study`` or ``patient``) and ``position_mm``,
@@ -23,6 +29,8 @@ def find_context(root: str | Path, images: Mapping[str, Path], reach: int) -> di
         root: folder of the VOC tree.
         images: file by image id, of ``find_images``: all of the tree, whatever their split.
         reach: neighbours on either side.
+        by_name: order PNG and JPEG of a series whose positions are not known by the last number
+            in their names.
 
     Returns:
         2 ``reach`` + 1 image ids by image id, ascending along the slice normal; the image itself
@@ -33,24 +41,41 @@ def find_context(root: str | Path, images: Mapping[str, Path], reach: int) -> di
     """
     listed = _listed_places(Path(root) / "patients.csv")
     series: dict[str, list[tuple[str, float]]] = {}
+    named = 0
     for image, path in images.items():
         if path.suffix.lower() == ".dcm":
             uid, position = read_place(path)
         else:
             uid, position = listed.get(image, ("", math.nan))
+            if by_name and uid and math.isnan(position):
+                position, named = last_number(image), named + 1
         if not uid or math.isnan(position):
             raise ValueError(
-                f"{path}: its place in a series is not known, which INPUT.CONTEXT_SLICES needs;"
+                f"{path}: its place in a series is not known, which INPUT.CONTEXT_SLICES and"
+                " INPUT.SEQUENCE_SLICES need;"
                 " DICOM has Image Position (Patient) (0020,0032), for PNG and JPEG add the columns"
                 f" series and position_mm to {Path(root) / 'patients.csv'}."
             )
         series.setdefault(uid, []).append((image, position))
+    if named:
+        logger.warning(
+            "%s has no position_mm for %d images: each series' slices are taken in the order of the"
+            " last number in their names.",
+            Path(root) / "patients.csv",
+            named,
+        )
     context = {}
     for members in series.values():
         names = np.array([image for image, _ in members], dtype=object)
         table = neighbours([position for _, position in members], reach)
         context.update(zip(names, (names[row].tolist() for row in table), strict=True))
     return context
+
+
+def last_number(name: str) -> float:
+    """The last whole number in a name; NaN without any."""
+    numbers = re.findall(r"\d+", name)
+    return float(numbers[-1]) if numbers else math.nan
 
 
 def _listed_places(path: Path) -> dict[str, tuple[str, float]]:

@@ -26,6 +26,7 @@ def register_ich_voc(
     classes: Sequence[str] = ("hemorrhage",),
     *,
     context: int = 0,
+    by_name: bool = False,
 ) -> None:
     """Registers a split of a VOC tree; nothing is read until the dataset is asked for.
 
@@ -34,23 +35,29 @@ def register_ich_voc(
         root: folder with ``Annotations/*.xml``, ``DICOM/*.dcm`` or ``JPEGImages/*``,
             ``ImageSets/Main/<split>.txt`` and, if at hand, ``patients.csv``.
         split: name of the list in ``ImageSets/Main``.
-        classes, context: see :func:`load_ich_voc`.
+        classes, context, by_name: see :func:`load_ich_voc`.
     """
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: load_ich_voc(root, split, classes, context=context))
+    DatasetCatalog.register(
+        name, lambda: load_ich_voc(root, split, classes, context=context, by_name=by_name)
+    )
     MetadataCatalog.get(name).set(
         thing_classes=list(classes), ich_root=str(root), split=split, evaluator_type="ich"
     )
 
 
 def register_ich_datasets(
-    root: str | Path, classes: Sequence[str] = ("hemorrhage",), *, context: int = 0
+    root: str | Path,
+    classes: Sequence[str] = ("hemorrhage",),
+    *,
+    context: int = 0,
+    by_name: bool = False,
 ) -> None:
     """Registers ``ich_train``, ``ich_val`` and ``ich_test`` of a VOC tree."""
     for split in SPLITS:
-        register_ich_voc(f"ich_{split}", root, split, classes, context=context)
+        register_ich_voc(f"ich_{split}", root, split, classes, context=context, by_name=by_name)
 
 
 def load_ich_voc(
@@ -59,6 +66,7 @@ def load_ich_voc(
     classes: Sequence[str] = ("hemorrhage",),
     *,
     context: int = 0,
+    by_name: bool = False,
 ) -> list[dict]:
     """Reads a split of a VOC tree.
 
@@ -67,7 +75,9 @@ def load_ich_voc(
         split: name of the list in ``ImageSets/Main``.
         classes: one name takes every object as that class, whatever its name in the XML; several
             names keep the types, and an object of another name is an error.
-        context: neighbours on either side that become channels (INPUT.CONTEXT_SLICES).
+        context: neighbours on either side, which become channels (INPUT.CONTEXT_SLICES) or a
+            sequence (INPUT.SEQUENCE_SLICES).
+        by_name: see :func:`find_context`.
 
     Returns:
         Dataset dicts in the list's order: ``file_name``, ``image_id`` (the file's stem),
@@ -90,7 +100,7 @@ def load_ich_voc(
     image_ids = _read_image_ids(root, split)
     patients, images = read_patients(root), find_images(root)
     labels = read_labels(root)
-    beside = find_context(root, images, context) if context else {}
+    beside = find_context(root, images, context, by_name=by_name) if context else {}
     dicts = []
     for image_id in image_ids:
         xml = root / "Annotations" / f"{image_id}.xml"

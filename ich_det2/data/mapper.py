@@ -32,6 +32,7 @@ class IchDatasetMapper:
         augmentations: Sequence[T.Augmentation | T.Transform],
         windows: Sequence[tuple[float, float]],
         context_slices: int = 0,
+        sequence_slices: int = 0,
         cache_dir: str | Path = "",
     ):
         """
@@ -40,11 +41,12 @@ class IchDatasetMapper:
             augmentations: applied in this order.
             windows: 1 or 3 pairs (level HU, width HU).
             context_slices: 0, or 1 for the slices before and after as channels of their own.
+            sequence_slices: slices on either side that "sequence" holds, with the slice itself.
             cache_dir: of a :class:`SliceCache`; "" for none.
 
         Raises:
             ValueError: if there are not 1 or 3 windows, or one of them is no pair of numbers, or
-                context is asked of several windows.
+                context is asked of several windows or beside a sequence.
         """
         if len(windows) not in (1, 3) or any(np.shape(window) != (2,) for window in windows):
             raise ValueError(
@@ -57,7 +59,13 @@ class IchDatasetMapper:
                 f"INPUT.CONTEXT_SLICES is {context_slices} with {len(windows)} windows, expected 0,"
                 " or 1 with one window: there are three channels."
             )
+        if sequence_slices < 0 or context_slices and sequence_slices:
+            raise ValueError(
+                f"INPUT.SEQUENCE_SLICES is {sequence_slices} with INPUT.CONTEXT_SLICES"
+                f" {context_slices}, expected 0 or more, and one of the two at most."
+            )
         self.is_train = is_train
+        self.sequence_slices = sequence_slices
         self.context_slices = context_slices
         self.cache = SliceCache(cache_dir) if cache_dir else None
         self.augmentations = T.AugmentationList(augmentations)
@@ -70,6 +78,7 @@ class IchDatasetMapper:
             "augmentations": build_augmentation(cfg, is_train),
             "windows": cfg.INPUT.WINDOWS,
             "context_slices": cfg.INPUT.CONTEXT_SLICES,
+            "sequence_slices": cfg.INPUT.SEQUENCE_SLICES,
             "cache_dir": cfg.INPUT.CACHE_DIR,
         }
 
@@ -102,22 +111,24 @@ class IchDatasetMapper:
             )
         return image, ratio
 
-    def _read_context(self, dataset_dict: dict, image: np.ndarray) -> np.ndarray:
-        """The slices before and after a slice, uint8 (H, W, 1), as channels around it."""
+    def _read_context(self, dataset_dict: dict, image: np.ndarray) -> list[np.ndarray]:
+        """The slices before a slice, uint8 (H, W, C), itself, and the slices after it."""
         files = dataset_dict.pop("context_files", None)
-        if files is None or len(files) != 2 * self.context_slices + 1:
+        reach = self.context_slices or self.sequence_slices
+        if files is None or len(files) != 2 * reach + 1:
+            key = "CONTEXT_SLICES" if self.context_slices else "SEQUENCE_SLICES"
             raise ValueError(
-                f"{dataset_dict['file_name']}: INPUT.CONTEXT_SLICES is {self.context_slices}, but"
-                " the dataset does not say which slices are its neighbours; register it by"
-                f" register_ich_voc(..., context={self.context_slices})."
+                f"{dataset_dict['file_name']}: INPUT.{key} is {reach}, but the dataset does not say"
+                " which slices are its neighbours; register it by"
+                f" register_ich_voc(..., context={reach})."
             )
-        channels = [image] * len(files)
+        slices = [image] * len(files)
         for i, (path, frame) in enumerate(files):
             if (str(path), frame) != (dataset_dict["file_name"], dataset_dict.get("frame")):
                 beside = self.read_image(path, frame)
                 if beside.shape == image.shape:
-                    channels[i] = beside
-        return np.concatenate(channels, axis=-1)
+                    slices[i] = beside
+        return slices
 
     def __call__(self, dataset_dict: dict) -> dict:
         """
@@ -126,7 +137,9 @@ class IchDatasetMapper:
                 several; "shift_scale" (of ``expand_dataset``) is applied before the augmentations.
 
         Returns:
-            A copy with "image", float32 (3, H, W) in 0..255, and in training "instances".
+            A copy with "image", float32 (3, H, W) in 0..255; with ``sequence_slices`` "sequence",
+            float32 (2 ``sequence_slices`` + 1, 3, H, W), the slices before, itself and those after,
+            all transformed alike; and in training "instances".
 
         Raises:
             ValueError: naming the file, if it cannot be read.
@@ -135,7 +148,8 @@ class IchDatasetMapper:
         image, pixel_ratio = self._read_slice(dataset_dict["file_name"], dataset_dict.get("frame"))
         utils.check_image_size(dataset_dict, image)
         if self.context_slices:
-            image = self._read_context(dataset_dict, image)
+            image = np.concatenate(self._read_context(dataset_dict, image), axis=-1)
+        sequence = self._read_context(dataset_dict, image) if self.sequence_slices else []
         annotations = dataset_dict.pop("annotations", None)
 
         aug_input = T.AugInput(image)
@@ -152,20 +166,31 @@ class IchDatasetMapper:
             aug_input.transform(fixed)
             transforms += fixed
         transforms += self.augmentations(aug_input)
-        # OpenCV, which rotates, drops the axis of a single channel.
-        image = aug_input.image.reshape(*aug_input.image.shape[:2], -1)
-        image = torch.from_numpy(image.transpose(2, 0, 1).astype(np.float32))
-        # One window fills three channels.
-        dataset_dict["image"] = image.expand(3, -1, -1).contiguous()
+        dataset_dict["image"] = _as_tensor(aug_input.image)
+        if sequence:
+            dataset_dict["sequence"] = torch.stack(
+                [
+                    dataset_dict["image"] if s is image else _as_tensor(transforms.apply_image(s))
+                    for s in sequence
+                ]
+            )
 
         if self.is_train and annotations is not None:
-            size = tuple(image.shape[1:])
+            size = tuple(dataset_dict["image"].shape[1:])
             instances = utils.annotations_to_instances(
                 [utils.transform_instance_annotations(a, transforms, size) for a in annotations],
                 size,
             )
             dataset_dict["instances"] = utils.filter_empty_instances(instances)
         return dataset_dict
+
+
+def _as_tensor(image: np.ndarray) -> torch.Tensor:
+    """From (H, W) or (H, W, C), C 1 or 3, to float32 (3, H, W)."""
+    # OpenCV, which rotates, drops the axis of a single channel.
+    image = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1).astype(np.float32)
+    # One window fills three channels.
+    return torch.from_numpy(image).expand(3, -1, -1).contiguous()
 
 
 def _read_picture(path: Path) -> np.ndarray:

@@ -20,6 +20,7 @@ import yaml
 from detectron2.config import CfgNode
 from PIL import Image
 
+from ..data.context import last_number
 from ..data.dicom import CT_STORAGE, may_be_head, neighbours, read_series, sort_frames
 from ..data.mapper import IchDatasetMapper
 from ..data.splits import IMAGE_FOLDERS, read_patients
@@ -62,7 +63,7 @@ class Slice:
         given: named by the user, not found in a folder.
         patient_id, series_uid, sop_uid: as in the header; empty where there is none.
         frame: 0-based, in a file of several; else None.
-        context_files: file and frame of the slice before, this one and the one after.
+        context_files: file and frame of the slices before, this one and those after.
     """
 
     path: Path
@@ -96,7 +97,11 @@ class Skipped:
 
 
 def find_slices(
-    inputs: Sequence[str | os.PathLike], *, identify: bool = False
+    inputs: Sequence[str | os.PathLike],
+    *,
+    identify: bool = False,
+    context: int = 1,
+    by_name: bool = False,
 ) -> tuple[list[Slice], list[Skipped]]:
     """Finds the CT slices in files and folders; reads headers only.
 
@@ -107,6 +112,8 @@ def find_slices(
     Args:
         inputs: DICOM files, PNG or JPEG files, and folders of them.
         identify: keep names and IDs of patients and UIDs in ``file``.
+        context: neighbours on either side in ``context_files``.
+        by_name: as in ``data.context.find_context``.
 
     Returns:
         The slices by patient, series and position, and the files of folders that are none.
@@ -177,7 +184,7 @@ def find_slices(
     for key in patients:
         series = sorted(groups.get(key, {}).items())
         for number, (_, entries) in enumerate(series, start=1):
-            beside = _context(entries)
+            beside = _context(entries, context, by_name)
             for index, entry in enumerate(entries):
                 slices.append(
                     Slice(
@@ -308,12 +315,14 @@ def _find_given(paths: Sequence[Path]) -> list[_Found]:
     return sorted(found, key=lambda e: (np.nan_to_num(e.position), _natural(e.file)))
 
 
-def _context(entries: Sequence[_Found]) -> list[list[int]]:
-    """For each slice of a series which one is before it and after it, and itself between."""
+def _context(entries: Sequence[_Found], reach: int, by_name: bool) -> list[list[int]]:
+    """For each slice of a series which ones are before it and after it, and itself between."""
     positions = [entry.position for entry in entries]
+    if by_name and np.isnan(positions).all():
+        positions = [last_number(entry.path.stem) for entry in entries]
     if np.isnan(positions).any():
-        return [[i, i, i] for i in range(len(entries))]
-    return neighbours(positions).tolist()
+        return [[i] * (2 * reach + 1) for i in range(len(entries))]
+    return neighbours(positions, reach).tolist()
 
 
 def _image_fault(path: Path) -> str:
@@ -413,16 +422,20 @@ class Detections:
         scores: float64 (M,), so that they compare with a threshold as in the evaluation.
         classes: int (M,), indices into ``DATASETS.ICH_CLASSES``.
         size: (H, W) of the original image.
+        image_score: a classifier's, which has no boxes; None for a detector.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
     size: tuple[int, int]
+    image_score: float | None = None
 
     @property
     def score(self) -> float:
-        """The slice's score: the highest of its boxes, 0 without boxes."""
+        """The slice's score: a classifier's, or the highest of the boxes, 0 without boxes."""
+        if self.image_score is not None:
+            return self.image_score
         return self.scores.max().item() if len(self.scores) else 0.0
 
     def at_least(self, score: float) -> "Detections":
@@ -473,12 +486,12 @@ def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, P
 
 
 class Diagnoser:
-    """Runs a trained detector over slices, in batches, while the next ones are decoded."""
+    """Runs a trained model over slices, in batches, while the next ones are decoded."""
 
     def __init__(self, model: torch.nn.Module, mapper: IchDatasetMapper, *, batch_size: int):
         """
         Args:
-            model: ``GeneralizedRCNN`` in evaluation mode.
+            model: ``GeneralizedRCNN`` or ``ImageClassifier`` in evaluation mode.
             mapper: of evaluation (``is_train=False``).
             batch_size: slices in a batch, >= 1.
         """
@@ -557,16 +570,23 @@ class Diagnoser:
             with torch.inference_mode():
                 outputs = iter(self.model(inputs))
         for item in items:
-            if isinstance(item, dict):
-                instances = next(outputs)["instances"].to("cpu")
-                yield Detections(
-                    boxes=instances.pred_boxes.tensor.numpy(),
-                    scores=instances.scores.numpy().astype(np.float64),
-                    classes=instances.pred_classes.numpy(),
-                    size=instances.image_size,
-                )
-            else:
-                yield item
+            yield _detections(item, next(outputs)) if isinstance(item, dict) else item
+
+
+def _detections(inputs: dict, output: dict) -> Detections:
+    if "image_score" in output:
+        return Detections(
+            *(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, int)),
+            size=(inputs["height"], inputs["width"]),
+            image_score=float(output["image_score"]),
+        )
+    instances = output["instances"].to("cpu")
+    return Detections(
+        boxes=instances.pred_boxes.tensor.numpy(),
+        scores=instances.scores.numpy().astype(np.float64),
+        classes=instances.pred_classes.numpy(),
+        size=instances.image_size,
+    )
 
 
 def _check_weights(model: torch.nn.Module, weights: Path) -> None:

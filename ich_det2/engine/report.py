@@ -14,9 +14,10 @@ from detectron2.data import DatasetCatalog
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
-from ..evaluation.report import Model, write_report
+from ..evaluation.report import Model, ReadImage, write_report
 from ..version import __version__
 from .operating_point import build_settings
+from .setup import is_classifier
 
 HISTORY = "diagnosis_history.csv"
 
@@ -31,7 +32,6 @@ def write_reports(cfg: CfgNode, point: OperatingPoint | None) -> None:
         point: where that comes from.
     """
     folder = Path(cfg.OUTPUT_DIR)
-    mapper = IchDatasetMapper(cfg, is_train=False)
     for name in cfg.DATASETS.TEST:
         inference = folder / "inference" / name
         model = Model(
@@ -47,9 +47,16 @@ def write_reports(cfg: CfgNode, point: OperatingPoint | None) -> None:
             inference,
             [model],
             dataset=name,
-            read_image=mapper.read_image,
+            read_image=_reader(cfg, name),
         )
         logger.info("Report: %s", inference / "report.html")
+
+
+def _reader(cfg: CfgNode, dataset: str) -> ReadImage:
+    """Reads a dataset's slices by path, or by the bare name that stored scores have."""
+    mapper = IchDatasetMapper(cfg, is_train=False)
+    files = {Path(d["file_name"]).name: d["file_name"] for d in DatasetCatalog.get(dataset)}
+    return lambda file: mapper.read_image(files.get(file, file))
 
 
 def read_history(folder: Path) -> list[dict]:
@@ -73,20 +80,13 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def training_facts(cfg: CfgNode) -> dict[str, str]:
     """What a config answers of the checklists, see ``evaluation.checklist``."""
-    aug, solver, rpn = cfg.INPUT.AUG, cfg.SOLVER, cfg.MODEL.RPN
-    backbone = cfg.MODEL.BACKBONE.NAME
-    if backbone == "build_timm_backbone":
-        backbone = cfg.MODEL.TIMM.NAME
+    aug, solver = cfg.INPUT.AUG, cfg.SOLVER
     names = ("SHIFT", "SCALE", "ROTATE", "JITTER", "EXPAND")
     augmentation = ", ".join(f"{name.lower()} {aug[name]:g}" for name in names)
     facts = {
         "preprocessing": f"Windows (level, width in HU) {_plain(cfg.INPUT.WINDOWS)}; shorter side"
         f" resized to {cfg.INPUT.MIN_SIZE_TEST} pixels.",
-        "model": f"{cfg.MODEL.META_ARCHITECTURE}, {backbone}, {cfg.MODEL.PROPOSAL_GENERATOR.NAME}"
-        f" with alpha {rpn.COST.ALPHA:g}, R {rpn.SAMPLER.MAX_RATIO:g}, {rpn.SAMPLER.SHORTFALL};"
-        f" anchors {_plain(cfg.MODEL.ANCHOR_GENERATOR.SIZES)} pixels, ratios"
-        f" {_plain(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS)}; an image is positive if a box scores"
-        " at least the threshold. All parameters: config.yaml.",
+        "model": f"{_model(cfg)} All parameters: config.yaml.",
         "software": f"ich_det2 {__version__}, Detectron2 {detectron2.__version__}, PyTorch"
         f" {torch.__version__}.",
         "initialization": f"Weights {Path(cfg.MODEL.WEIGHTS).name or 'random'}.",
@@ -105,6 +105,28 @@ def training_facts(cfg: CfgNode) -> dict[str, str]:
         facts["partitions"] = f"By given lists: {', '.join(sizes)}."
         facts["disjoint"] = _disjoint(list(patients.values()))
     return facts
+
+
+def _model(cfg: CfgNode) -> str:
+    model, rpn = cfg.MODEL, cfg.MODEL.RPN
+    if is_classifier(cfg):
+        classifier = model.CLASSIFIER
+        return (
+            f"{model.META_ARCHITECTURE}, {classifier.NAME} at {classifier.INPUT_SIZE} pixels with"
+            f" {cfg.INPUT.SEQUENCE_SLICES} slices beside on either side; a positive image weighs"
+            f" {classifier.POS_WEIGHT:g} in the loss; an image is positive if its probability is at"
+            " least the threshold."
+        )
+    backbone = model.BACKBONE.NAME
+    if backbone == "build_timm_backbone":
+        backbone = model.TIMM.NAME
+    return (
+        f"{model.META_ARCHITECTURE}, {backbone}, {model.PROPOSAL_GENERATOR.NAME} with alpha"
+        f" {rpn.COST.ALPHA:g}, R {rpn.SAMPLER.MAX_RATIO:g}, {rpn.SAMPLER.SHORTFALL}; anchors"
+        f" {_plain(model.ANCHOR_GENERATOR.SIZES)} pixels, ratios"
+        f" {_plain(model.ANCHOR_GENERATOR.ASPECT_RATIOS)}; an image is positive if a box scores at"
+        " least the threshold."
+    )
 
 
 def _disjoint(groups: Sequence[set[str]]) -> str:

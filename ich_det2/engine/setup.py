@@ -102,9 +102,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the"
             f" {num_processes} processes."
         )
-    register_ich_datasets(
-        cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, context=cfg.INPUT.CONTEXT_SLICES
-    )
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
     splits = () if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL)
     patients: dict[str, str] = {}
     for name in dict.fromkeys((*splits, *cfg.DATASETS.TEST)):
@@ -143,13 +141,24 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         check_weights(cfg.MODEL.WEIGHTS, trained=eval_only)
 
 
+def is_classifier(cfg: CfgNode) -> bool:
+    """Whether the model scores whole images, without boxes."""
+    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+
+
+def context_settings(cfg: CfgNode) -> dict:
+    """Which neighbours the mapper asks for, as arguments of :func:`register_ich_datasets`."""
+    sequence = cfg.INPUT.SEQUENCE_SLICES
+    return {"context": sequence or cfg.INPUT.CONTEXT_SLICES, "by_name": sequence > 0}
+
+
 def thaw_without_weights(cfg: CfgNode) -> None:
     """Lets a backbone without weights learn: frozen layers and norms are for loaded ones.
 
     Frozen batch norms that were never trained let a ResNet's features grow until they overflow.
     """
     frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    if cfg.MODEL.WEIGHTS or not frozen:
+    if cfg.MODEL.WEIGHTS or not frozen or is_classifier(cfg):
         return
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.NORM = "BN"
@@ -163,10 +172,10 @@ def thaw_without_weights(cfg: CfgNode) -> None:
 def needs_anchors(cfg: CfgNode) -> bool:
     """Whether the config's anchor generator waits for clustered anchors."""
     generator = cfg.MODEL.ANCHOR_GENERATOR
-    return generator.NAME == "ClusteredAnchorGenerator" and not (
-        anchors_given(generator.PAIRS)
-        or (anchors_given(generator.SIZES) and anchors_given(generator.ASPECT_RATIOS))
+    given = anchors_given(generator.PAIRS) or (
+        anchors_given(generator.SIZES) and anchors_given(generator.ASPECT_RATIOS)
     )
+    return generator.NAME == "ClusteredAnchorGenerator" and not given and not is_classifier(cfg)
 
 
 def fill_anchors(cfg: CfgNode) -> None:

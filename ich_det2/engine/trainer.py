@@ -22,6 +22,7 @@ from .hooks import BEST_CHECKPOINT, BestCheckpointer, DiagnosisHook, EarlyStop, 
 from .operating_point import choose_operating_point
 from .report import write_reports
 from .resume import ResumableLoader, seed_generators
+from .setup import is_classifier
 
 logger = logging.getLogger(__name__)
 
@@ -120,26 +121,25 @@ class IchTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str):
         output_dir = Path(cfg.OUTPUT_DIR) / "inference" / dataset_name
-        return DatasetEvaluators(
-            [
-                COCOEvaluator(
-                    dataset_name,
-                    tasks=("bbox",),
-                    output_dir=str(output_dir),
-                    # Detectron2 from a package index has no compiled ops.
-                    use_fast_impl=False,
-                    allow_cached_coco=False,
-                ),
-                DiagnosisEvaluator(
-                    thresholds=cfg.TEST.DIAGNOSIS.THRESHOLDS,
-                    operating_threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
-                    cost_ratio=cfg.TEST.DIAGNOSIS.COST_RATIO,
-                    patient_rule=cfg.TEST.DIAGNOSIS.PATIENT_RULES[0],
-                    truth=DatasetCatalog.get(dataset_name),
-                    output_dir=output_dir,
-                ),
-            ]
+        diagnosis = DiagnosisEvaluator(
+            thresholds=cfg.TEST.DIAGNOSIS.THRESHOLDS,
+            operating_threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
+            cost_ratio=cfg.TEST.DIAGNOSIS.COST_RATIO,
+            patient_rule=cfg.TEST.DIAGNOSIS.PATIENT_RULES[0],
+            truth=DatasetCatalog.get(dataset_name),
+            output_dir=output_dir,
         )
+        if is_classifier(cfg):
+            return diagnosis
+        coco = COCOEvaluator(
+            dataset_name,
+            tasks=("bbox",),
+            output_dir=str(output_dir),
+            # Detectron2 from a package index has no compiled ops.
+            use_fast_impl=False,
+            allow_cached_coco=False,
+        )
+        return DatasetEvaluators([coco, diagnosis])
 
     def build_hooks(self) -> list:
         cfg = with_datasets(self.cfg, self.cfg.DATASETS.VAL)

@@ -21,7 +21,7 @@ TABLE_FIELDS = ("level", "threshold", "tp", "fp", "tn", "fn", *METRICS)
 
 
 class DiagnosisEvaluator(DatasetEvaluator):
-    """Image- and patient-level diagnosis over many thresholds, of any detector's instances.
+    """Image- and patient-level diagnosis over many thresholds, of any detector or classifier.
 
     Writes ``image_scores.csv``, ``diagnosis_thresholds.csv``, ``diagnosis.json``, the curves and,
     with the truth, ``lesions.csv``.
@@ -64,17 +64,20 @@ class DiagnosisEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: mapped dataset dicts, with "image_label".
-            outputs: dicts with "instances" that have "scores" and, for lesions, "pred_boxes".
+            outputs: dicts with "image_score", or with "instances" that have "scores", of which the
+                highest is the image's, and, for lesions, "pred_boxes".
         """
         for x, y in zip(inputs, outputs):
-            instances = y["instances"].to("cpu")
-            scores = instances.scores.double().numpy()
-            image = str(x["image_id"])
-            boxes = None
-            if instances.has("pred_boxes"):
-                corners = instances.pred_boxes.tensor.double().numpy().reshape(-1, 4)
-                boxes = np.c_[scores, corners[:, :2], corners[:, 2:] - corners[:, :2]]
-            score = scores.max().item() if len(scores) else 0.0
+            image, boxes, scores = str(x["image_id"]), None, np.zeros(0)
+            if "instances" in y:
+                instances = y["instances"].to("cpu")
+                scores = instances.scores.double().numpy()
+                if instances.has("pred_boxes"):
+                    corners = instances.pred_boxes.tensor.double().numpy().reshape(-1, 4)
+                    boxes = np.c_[scores, corners[:, :2], corners[:, 2:] - corners[:, :2]]
+            score = (
+                float(y["image_score"]) if "image_score" in y else scores.max(initial=0.0).item()
+            )
             patient = str(x.get("patient_id", image))
             self._rows.append((image, patient, x["file_name"], x["image_label"], score, boxes))
 

@@ -1,4 +1,4 @@
-"""What a detector found on a dataset and what is true there: in memory, and as stored files.
+"""What a model found on a dataset and what is true there: in memory, and as stored files.
 
 Shape glossary: M images; of an image, D predicted and G true boxes, in pixels, x, y, width, height.
 """
@@ -28,7 +28,7 @@ class Predictions:
         image_ids, patients: M names each.
         files: M paths or bare names of the images.
         labels: int (M,), 1 hemorrhage, 0 none.
-        scores: float64 (M,), highest box score, 0 without boxes.
+        scores: float64 (M,); a detector's highest box score, 0 without boxes.
         boxes: M arrays (D, 5): score, x, y, width, height; None if only the scores are known.
         true_boxes: M arrays (G, 4); None if only the labels are known.
         types: M lists of the names of the G types; None as ``true_boxes``.

@@ -242,7 +242,7 @@ def _pictures(model: Model, entry: dict, read_image: ReadImage | None) -> dict[s
         result[kind] = []
         for case in entry[kind]:
             i, uri = place[case["image_id"]], None
-            if read_image is not None and predictions.boxes is not None:
+            if read_image is not None:
                 try:
                     image = read_image(predictions.files[i])
                 except (OSError, ValueError):
@@ -254,7 +254,7 @@ def _pictures(model: Model, entry: dict, read_image: ReadImage | None) -> dict[s
 
 
 def _overlay(image: np.ndarray, predictions: Predictions, i: int, threshold: float) -> str:
-    boxes = predictions.boxes[i]
+    boxes = np.zeros((0, 5)) if predictions.boxes is None else predictions.boxes[i]
     truth = None if predictions.true_boxes is None else _corners(predictions.true_boxes[i])
     overlay = draw_overlay(
         image,

@@ -2,12 +2,15 @@
 
 from .anchor_generator import ClusteredAnchorGenerator
 from .backbone import TimmBackbone
+from .classifier import ImageClassifier
+from .classifier_networks import CLASSIFIER_REGISTRY
 from .roi_heads import CostSensitiveRes5ROIHeads, CostSensitiveROIHeads
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
 from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
 
 __all__ = [
     "ANCHOR_SAMPLER_REGISTRY",
+    "CLASSIFIER_REGISTRY",
     "AdaptiveRatioSampler",
     "ClusteredAnchorGenerator",
     "CostSensitiveROIHeads",
@@ -15,5 +18,6 @@ __all__ = [
     "CostSensitiveRPNHead",
     "CostSensitiveRes5ROIHeads",
     "FixedRatioSampler",
+    "ImageClassifier",
     "TimmBackbone",
 ]

@@ -1,0 +1,100 @@
+"""Classification of whole slices, as a Detectron2 meta-architecture.
+
+Shape glossary, in pixels: N slices of a batch, T neighbouring slices in order, Hi and Wi the size of
+slice i, S the side of the network's input.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import ImageList
+from torch import nn
+from torch.nn import functional as F
+
+from .classifier_networks import build_classifier_network
+
+
+@META_ARCH_REGISTRY.register()
+class ImageClassifier(nn.Module):
+    """Tells whether a slice has hemorrhage, by any network of ``CLASSIFIER_REGISTRY``."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        input_size: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        pos_weight: float = 1.0,
+    ):
+        """
+        Args:
+            network: see ``CLASSIFIER_REGISTRY``.
+            input_size: S; slices are scaled to it along their longer side, the other is filled up
+                with air.
+            pixel_mean, pixel_std: 3 grey values.
+            pos_weight: weight of a slice with hemorrhage in the loss.
+        """
+        super().__init__()
+        self.network = network
+        self.input_size = input_size
+        self.takes_sequence = getattr(network, "takes_sequence", False)
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pos_weight", torch.tensor(float(pos_weight)), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg):
+        return {
+            "network": build_classifier_network(cfg),
+            "input_size": cfg.MODEL.CLASSIFIER.INPUT_SIZE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "pos_weight": cfg.MODEL.CLASSIFIER.POS_WEIGHT,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict | list[dict]:
+        """
+        Args:
+            batched_inputs: N dicts with "image", (3, Hi, Wi) in 0..255, or, for a network that
+                takes sequences, "sequence", (T, 3, Hi, Wi); in training "image_label", 0 or 1.
+
+        Returns:
+            In training "loss_cls", the mean binary cross-entropy; else N dicts with "image_score",
+            the probability of hemorrhage, a tensor without dimensions.
+        """
+        logits = self.network(self.preprocess_image(batched_inputs)).squeeze(1)
+        if not self.training:
+            return [{"image_score": score} for score in logits.float().sigmoid()]
+        labels = logits.new_tensor([x["image_label"] for x in batched_inputs])
+        loss = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=self.pos_weight)
+        return {"loss_cls": loss}
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> torch.Tensor:
+        """Scales, pads and normalizes; a slice comes out the same whatever is beside it.
+
+        Returns:
+            (N, 3, S, S) or (N, T, 3, S, S).
+        """
+        key = "sequence" if self.takes_sequence else "image"
+        images = [self._resize(x[key].to(self.device)) for x in batched_inputs]
+        square = {"square_size": self.input_size}
+        batch = ImageList.from_tensors(images, padding_constraints=square).tensor
+        return (batch - self.pixel_mean) / self.pixel_std
+
+    def _resize(self, image: torch.Tensor) -> torch.Tensor:
+        """From (..., 3, Hi, Wi) to S pixels along the longer side."""
+        scale = self.input_size / max(image.shape[-2:])
+        size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+        if size == list(image.shape[-2:]):
+            return image
+        slices = image.reshape(-1, *image.shape[-3:])
+        slices = F.interpolate(slices, size, mode="bilinear", align_corners=False, antialias=True)
+        return slices.reshape(*image.shape[:-2], *size)

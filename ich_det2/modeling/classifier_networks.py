@@ -1,0 +1,218 @@
+"""Networks that classify a slice, or a slice among its neighbours.
+
+Shape glossary: N slices, T neighbouring slices in order, S the side of the network's input in
+pixels, D features of a slice. All give logits sized (N, 1).
+"""
+
+import torch
+from fvcore.common.registry import Registry
+from timm.models.inception_resnet_v2 import InceptionResnetV2
+from torch import nn
+from torchvision import models
+
+CLASSIFIER_REGISTRY = Registry("CLASSIFIER")
+CLASSIFIER_REGISTRY.__doc__ = """
+Registry of networks of :class:`ImageClassifier`. The object is called as ``obj(input_size)`` with S
+and must give a module that maps (N, 3, S, S) to logits (N, 1), or, where its attribute
+``takes_sequence`` is true, (N, T, 3, S, S) to the logits of the middle slices.
+"""
+
+
+def build_classifier_network(cfg) -> nn.Module:
+    """Builds the network that ``MODEL.CLASSIFIER.NAME`` says.
+
+    Raises:
+        ValueError: if there is none of that name, the input is too small for it, or it takes
+            sequences and ``INPUT.SEQUENCE_SLICES`` gives none.
+    """
+    name = cfg.MODEL.CLASSIFIER.NAME
+    if name not in CLASSIFIER_REGISTRY:
+        known = sorted(name for name, _ in CLASSIFIER_REGISTRY)
+        raise ValueError(
+            f"MODEL.CLASSIFIER.NAME is '{name}', but the registered classifiers are {known}."
+        )
+    network = CLASSIFIER_REGISTRY.get(name)(cfg.MODEL.CLASSIFIER.INPUT_SIZE)
+    if getattr(network, "takes_sequence", False) and cfg.INPUT.SEQUENCE_SLICES < 1:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.NAME is '{name}', which reads neighbouring slices in order, but"
+            f" INPUT.SEQUENCE_SLICES is {cfg.INPUT.SEQUENCE_SLICES}; expected 1 or more."
+        )
+    return network
+
+
+def _check_size(name: str, input_size: int, least: int) -> None:
+    if input_size < least:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.INPUT_SIZE is {input_size}, expected at least {least} pixels for"
+            f" {name}."
+        )
+
+
+@CLASSIFIER_REGISTRY.register()
+class LeNet(nn.Sequential):
+    """LeNet-5 (LeCun et al., "Gradient-based learning applied to document recognition", 1998).
+
+    Published for 32 pixels: 6 and 16 filters of 5 x 5, 2 x 2 pooling, 120 and 84 units, tanh. As in
+    most later forms, the pooling has no weights, each of the 16 filters sees all 6 maps, and the
+    output is linear. At another input size the 120 units still see the whole of the last maps.
+    """
+
+    def __init__(self, input_size: int = 32, *, in_channels: int = 3, num_outputs: int = 1):
+        """
+        Args:
+            input_size: S, pixels.
+            in_channels: published 1; here one for each window.
+            num_outputs: published 10.
+
+        Raises:
+            ValueError: if the input is too small.
+        """
+        _check_size("LeNet", input_size, 16)
+        side = ((input_size - 4) // 2 - 4) // 2
+        super().__init__(
+            *(nn.Conv2d(in_channels, 6, 5), nn.Tanh(), nn.AvgPool2d(2)),
+            *(nn.Conv2d(6, 16, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
+            *(nn.Linear(16 * side**2, 120), nn.Tanh(), nn.Linear(120, 84), nn.Tanh()),
+            nn.Linear(84, num_outputs),
+        )
+
+
+@CLASSIFIER_REGISTRY.register()
+class AlexNet(models.AlexNet):
+    """torchvision's AlexNet, which is that of Krizhevsky, 2014 (arXiv:1404.5997).
+
+    Unlike that of 2012 it has no local response normalization and no groups.
+    """
+
+    def __init__(self, input_size: int = 224):
+        _check_size("AlexNet", input_size, 63)
+        super().__init__(num_classes=1)
+
+
+@CLASSIFIER_REGISTRY.register()
+class GoogLeNet(models.GoogLeNet):
+    """torchvision's GoogLeNet (Szegedy et al., "Going deeper with convolutions", 2015).
+
+    The auxiliary classifiers are left out: batch norm, which torchvision's has and the publication
+    has not, carries the gradients, and the loss stays that of the other networks.
+    """
+
+    def __init__(self, input_size: int = 224):
+        _check_size("GoogLeNet", input_size, 32)
+        super().__init__(num_classes=1, aux_logits=False, init_weights=True, dropout=0.4)
+
+
+@CLASSIFIER_REGISTRY.register()
+class DenseNet121(models.DenseNet):
+    """torchvision's DenseNet-121 (Huang et al., "Densely connected convolutional networks")."""
+
+    def __init__(self, input_size: int = 224):
+        _check_size("DenseNet121", input_size, 32)
+        super().__init__(block_config=(6, 12, 24, 16), num_classes=1)
+
+
+@CLASSIFIER_REGISTRY.register()
+class InceptionResNetV2(InceptionResnetV2):
+    """timm's Inception-ResNet v2 (Szegedy et al., arXiv:1602.07261); it has no auxiliary head."""
+
+    def __init__(self, input_size: int = 299):
+        _check_size("InceptionResNetV2", input_size, 75)
+        super().__init__(num_classes=1, drop_rate=0.2)
+
+
+@CLASSIFIER_REGISTRY.register()
+class BHCNet(nn.Module):
+    """A small CNN in the place of BHCNet.
+
+    Mushtaq et al., "BHCNet: Neural Network-Based Brain Hemorrhage Classification Using Head CT
+    Scan", IEEE Access 9:113901, 2021. Its abstract and highlights say: a CNN, compared with
+    CNN + LSTM and CNN + GRU; 200 head CT images, of which 180 training images were augmented to
+    1000; the CNN with an imbalanced set was best. The layers, filters, input size and settings of
+    the training were not at hand, so those here are chosen and not the publication's: four blocks
+    of a 3 x 3 convolution, batch norm, ReLU and 2 x 2 maximum, of 32, 64, 128 and 128 filters; the
+    maximum and the mean of each map; 128 units with ReLU and dropout 0.5; one logit.
+    """
+
+    num_features = 128
+
+    def __init__(self, input_size: int = 128):
+        """
+        Args:
+            input_size: S, pixels; any that four halvings leave something of.
+
+        Raises:
+            ValueError: if the input is too small.
+        """
+        super().__init__()
+        _check_size(type(self).__name__, input_size, 16)
+        widths = (3, 32, 64, 128, 128)
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    *(nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)),
+                )
+                for before, after in zip(widths, widths[1:])
+            )
+        )
+        self.hidden = nn.Sequential(
+            nn.Linear(2 * widths[-1], self.num_features), nn.ReLU(), nn.Dropout(0.5)
+        )
+        self.output = nn.Linear(self.num_features, 1)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: (N, 3, S, S).
+
+        Returns:
+            (N, D).
+        """
+        maps = self.blocks(x)
+        return self.hidden(torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], dim=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.features(x))
+
+
+class _RecurrentBHCNet(BHCNet):
+    takes_sequence = True
+    recurrent_layer: type[nn.RNNBase]
+
+    def __init__(self, input_size: int = 128):
+        super().__init__(input_size)
+        self.recurrent = self.recurrent_layer(
+            self.num_features, self.num_features // 2, batch_first=True, bidirectional=True
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: (N, T, 3, S, S), T odd, in the order of the slices.
+
+        Returns:
+            (N, 1), of the slices in the middle.
+        """
+        features = self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        states, _ = self.recurrent(features)
+        return self.output(states[:, x.shape[1] // 2])
+
+
+@CLASSIFIER_REGISTRY.register()
+class BHCNetLSTM(_RecurrentBHCNet):
+    """BHCNet with an LSTM over the slice and its neighbours, which tells about the middle slice.
+
+    That there was a CNN + LSTM is published (see :class:`BHCNet`); what its LSTM ran over was not
+    at hand. Chosen here: the features of 2 ``INPUT.SEQUENCE_SLICES`` + 1 slices in anatomical
+    order, in both directions, 64 units each. A window around each slice, in place of whole series,
+    keeps one prediction an image, which compares with the other networks'.
+    """
+
+    recurrent_layer = nn.LSTM
+
+
+@CLASSIFIER_REGISTRY.register()
+class BHCNetGRU(_RecurrentBHCNet):
+    """As :class:`BHCNetLSTM` with a GRU."""
+
+    recurrent_layer = nn.GRU
