@@ -111,6 +111,11 @@ def add_ich_config(cfg: CN) -> None:
     # Weight of a slice with hemorrhage in the loss.
     cfg.MODEL.CLASSIFIER.POS_WEIGHT = 1.0
 
+    # ---- torchvision's Inception V3 (build_inception_v3_backbone, InceptionV3ROIHeads) --------
+    cfg.MODEL.TORCHVISION = CN()
+    # Keep the batch norms' statistics and affine parameters as loaded.
+    cfg.MODEL.TORCHVISION.FREEZE_BN = True
+
     # ---- diagnosis ---------------------------------------------------------------------------
     cfg.TEST.DIAGNOSIS = CN()
     # Image scores at which the diagnosis is tabulated.

@@ -163,6 +163,7 @@ def thaw_without_weights(cfg: CfgNode) -> None:
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.TIMM.FREEZE_BN = False
+    cfg.MODEL.TORCHVISION.FREEZE_BN = False
     logger.warning(
         "MODEL.WEIGHTS is empty: training starts from random weights, so no layer and no batch norm"
         " of the backbone is frozen."

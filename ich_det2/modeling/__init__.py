@@ -1,9 +1,10 @@
 """Models: importing this package registers its parts in Detectron2's registries."""
 
 from .anchor_generator import ClusteredAnchorGenerator
-from .backbone import TimmBackbone
+from .backbone import TimmBackbone, TorchvisionBackbone
 from .classifier import ImageClassifier
 from .classifier_networks import CLASSIFIER_REGISTRY
+from .inception_roi_heads import InceptionV3ROIHeads
 from .roi_heads import CostSensitiveRes5ROIHeads, CostSensitiveROIHeads
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
 from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
@@ -19,5 +20,7 @@ __all__ = [
     "CostSensitiveRes5ROIHeads",
     "FixedRatioSampler",
     "ImageClassifier",
+    "InceptionV3ROIHeads",
     "TimmBackbone",
+    "TorchvisionBackbone",
 ]

@@ -1,5 +1,16 @@
 """Feature networks beyond Detectron2's own."""
 
 from .timm_backbone import TimmBackbone, build_timm_backbone
+from .torchvision_backbone import (
+    TorchvisionBackbone,
+    build_inception_v3_backbone,
+    build_vgg16_backbone,
+)
 
-__all__ = ["TimmBackbone", "build_timm_backbone"]
+__all__ = [
+    "TimmBackbone",
+    "TorchvisionBackbone",
+    "build_inception_v3_backbone",
+    "build_timm_backbone",
+    "build_vgg16_backbone",
+]
