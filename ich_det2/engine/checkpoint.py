@@ -9,8 +9,11 @@ from detectron2.utils.file_io import PathManager
 
 from ..files import write_atomically
 from ..modeling.backbone.timm_backbone import STATE_PREFIX, pretrained_state_dict
+from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
 
 TIMM_PREFIX = "timm://"
+TORCHVISION_PREFIX = "torchvision://"
+LIBRARY_PREFIXES = (TIMM_PREFIX, TORCHVISION_PREFIX)
 
 # What a pickle of numpy arrays (Detectron2's model zoo) is made of, and nothing else.
 _SAFE_GLOBALS = {
@@ -32,10 +35,25 @@ class _NumpyUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class IchCheckpointer(DetectionCheckpointer):
-    """:class:`DetectionCheckpointer` that also takes ``timm://NAME`` and loads only tensors.
+def load_tensors(path: str | Path) -> dict:
+    """A file of ``torch.save`` on the CPU, if it holds tensors and plain values only.
 
-    ``timm://NAME`` are the ImageNet weights of a timm network for :class:`TimmBackbone`.
+    Raises:
+        ValueError: if it holds anything else, or is no such file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
+        ) from error
+
+
+class IchCheckpointer(DetectionCheckpointer):
+    """:class:`DetectionCheckpointer` that loads only tensors, and takes libraries' weights.
+
+    ``timm://NAME`` are the ImageNet weights of a timm network for :class:`TimmBackbone`,
+    ``torchvision://NAME`` those of VGG16, Inception V3 and ResNet50 for backbone and head.
     """
 
     def load(self, path: str, *args, **kwargs) -> dict:
@@ -43,11 +61,14 @@ class IchCheckpointer(DetectionCheckpointer):
 
         Raises:
             ValueError: if the file holds anything but tensors, arrays and plain values, or a
-                ``timm://`` network's weights cannot be had.
+                library's weights cannot be had or are another network's.
         """
-        if not path.startswith(TIMM_PREFIX):
+        if not path.startswith(LIBRARY_PREFIXES):
             return super().load(path, *args, **kwargs)
         self.logger.info(f"[IchCheckpointer] Loading from {path} ...")
+        if path.startswith(TORCHVISION_PREFIX):
+            self._load_torchvision(path)
+            return {}
         state = pretrained_state_dict(path[len(TIMM_PREFIX) :])
         # Layers behind the last feature map (the classifier) are cut off in the model.
         shapes = {key: value.shape for key, value in self.model.state_dict().items()}
@@ -65,6 +86,19 @@ class IchCheckpointer(DetectionCheckpointer):
         self._log_incompatible_keys(self._load_model({"model": state}))
         return {}
 
+    def _load_torchvision(self, path: str) -> None:
+        network = path[len(TORCHVISION_PREFIX) :]
+        incompatible = self._load_model(pretrained_checkpoint(network))
+        lost = [key for key, *_ in incompatible.incorrect_shapes] + incompatible.missing_keys
+        # An FPN's own layers are in no classifier.
+        lost = [k for k in lost if k.startswith("backbone.") and not k.startswith("backbone.fpn_")]
+        if lost:
+            raise ValueError(
+                f"MODEL.WEIGHTS is '{path}', but the model's backbone is another network, with"
+                f" '{lost[0]}'; set MODEL.BACKBONE.NAME to the same."
+            )
+        self._log_incompatible_keys(incompatible)
+
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".pkl"):
             with PathManager.open(filename, "rb") as f:
@@ -79,18 +113,15 @@ class IchCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict):
         incompatible = super()._load_model(checkpoint)
-        # Stock Detectron2 has no ratio k; it starts at its first value.
+        # Stock Detectron2 has no ratio k; it starts at its first value. A norm's count of batches
+        # is not used.
+        ours = ("anchor_sampler._ratio", "num_batches_tracked")
         missing = incompatible.missing_keys
-        missing[:] = [key for key in missing if not key.endswith("anchor_sampler._ratio")]
+        missing[:] = [key for key in missing if not key.endswith(ours)]
         return incompatible
 
     def _torch_load(self, f: str) -> dict:
-        try:
-            return torch.load(f, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            raise ValueError(
-                f"{f} is no checkpoint of tensors and plain values: {str(error).splitlines()[0]}"
-            ) from error
+        return load_tensors(f)
 
     def save(self, name: str, *, tag_last: bool = True, **kwargs) -> None:
         """As ``Checkpointer.save``, but atomic, which fvcore's is not.

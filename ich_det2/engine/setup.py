@@ -26,7 +26,8 @@ from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
 from ..modeling.anchor_generator import anchors_given
 from ..modeling.backbone.timm_backbone import pretrained_state_dict
-from .checkpoint import TIMM_PREFIX, IchCheckpointer
+from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
+from .checkpoint import LIBRARY_PREFIXES, TIMM_PREFIX, TORCHVISION_PREFIX, IchCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,12 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     except (KeyError, AssertionError) as error:
         raise ValueError(_message(error)) from error
     if not resume:
+        if cfg.MODEL.WEIGHTS == f"{TORCHVISION_PREFIX}resnet50" and cfg.MODEL.RESNETS.STRIDE_IN_1X1:
+            raise ValueError(
+                f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}', whose stride is in the 3x3 convolutions;"
+                " set MODEL.RESNETS.STRIDE_IN_1X1 False, and MODEL.PIXEL_MEAN and PIXEL_STD to"
+                " ImageNet's of RGB images (see tools/convert_weights.py --help)."
+            )
         check_weights(cfg.MODEL.WEIGHTS, trained=eval_only)
 
 
@@ -326,13 +333,14 @@ def check_weights(weights: str, *, trained: bool) -> None:
     """Makes sure that ``MODEL.WEIGHTS`` can be had; downloads them into the cache if need be.
 
     Args:
-        weights: path, URL, "detectron2://...", "timm://NAME", or "" for random weights.
+        weights: path, URL, "detectron2://...", "timm://NAME", "torchvision://NAME", or "" for
+            random weights.
         trained: the weights have to be those of a whole detector.
 
     Raises:
         ValueError: with the way to go on without.
     """
-    if trained and (not weights or weights.startswith(TIMM_PREFIX)):
+    if trained and (not weights or weights.startswith(LIBRARY_PREFIXES)):
         raise ValueError(
             f"--eval-only needs a trained model, but MODEL.WEIGHTS is '{weights}'; add"
             " MODEL.WEIGHTS OUTPUT_DIR/model_best.pth, or --resume for OUTPUT_DIR's last one."
@@ -342,6 +350,9 @@ def check_weights(weights: str, *, trained: bool) -> None:
     try:
         if weights.startswith(TIMM_PREFIX):
             pretrained_state_dict(weights[len(TIMM_PREFIX) :])
+            return
+        if weights.startswith(TORCHVISION_PREFIX):
+            pretrained_checkpoint(weights[len(TORCHVISION_PREFIX) :])
             return
         path = PathManager.get_local_path(weights)
         if not Path(path).is_file():
