@@ -14,7 +14,8 @@ from PIL import Image
 from scipy import ndimage
 
 from .dicom import read_windowed
-from .voc import VocObject
+from .splits import read_patients
+from .voc import VocObject, read_voc
 
 WINDOW = (40.0, 120.0)
 DARK = 12
@@ -117,6 +118,47 @@ def counts(
             }
         )
     return rows
+
+
+def split_table(root: Path) -> list[dict]:
+    """The paper's table 1 of a VOC tree: slices and patients of each split, and of all of them.
+
+    Returns:
+        Rows with "split"; "slices", "positive slices", "negative slices" and, by type, positive
+        slices; "patients", "positive patients" and "negative patients", zero where not known.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence that names a file.
+    """
+    splits = {
+        split: (root / "ImageSets" / "Main" / f"{split}.txt").read_text().split()
+        for split in ("train", "val", "test")
+    }
+    patients = read_patients(root)
+    images = [
+        Inspected(image, read_voc(root / "Annotations" / f"{image}.xml").objects, (0, 0))
+        for ids in splits.values()
+        for image in ids
+    ]
+    bleeds = {i.image for i in images if i.objects}
+    table = []
+    for row in counts(images, splits, patients):
+        ids = splits.get(row["split"], [i.image for i in images])
+        positive = {patients[i][0] for i in ids if i in bleeds and i in patients}
+        table.append(
+            {
+                "split": row["split"],
+                "slices": row["images"],
+                "positive slices": row["images"] - row["negative"],
+                "negative slices": row["negative"],
+                "patients": row["patients"],
+                "positive patients": len(positive),
+                "negative patients": row["patients"] - len(positive),
+                "boxes": row["boxes"],
+                **{name: row[name] for name in sorted({o.name for i in images for o in i.objects})},
+            }
+        )
+    return table
 
 
 def box_sizes(images: Sequence[Inspected], short_edge: int) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Curves of the diagnosis, and how anchors fit boxes: PNG files, or SVG in a page.
+"""Curves of the diagnosis, how anchors fit boxes, an experiment's figures: files, or SVG in a page.
 
-A ``target`` is the path of a PNG file or a binary buffer, which gets SVG.
+A ``target`` is the path of a PNG or SVG file, or a binary buffer, which gets SVG.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ from .diagnosis import (
     roc_auc_score,
     roc_curve,
 )
+from .experiment import SEED, groups_of, spread
 
 Target = str | Path | BinaryIO
 PLOTTED = ("accuracy", "recall", "precision", "specificity", "npv", "f1")
@@ -229,6 +231,132 @@ def plot_anchors(
     _save(figure, path)
 
 
+# ---- of an experiment --------------------------------------------------------------------------
+
+
+def plot_bars(
+    rows: Sequence[dict], axes: Sequence[str], panels: Mapping[str, str], target: Target
+) -> None:
+    """Grouped bars of the mean over seeds, as the paper's figure 2; lines: standard deviation.
+
+    Args:
+        rows: of trainings, see ``evaluation.experiment``.
+        axes: the first makes the groups, the others the bars within.
+        panels: title -> name of a metric.
+        target: where.
+    """
+    figure, panels_axes = _figure(len(panels))
+    first, *others = (axis for axis in axes if axis != SEED)
+    groups = list(dict.fromkeys(row[first] for row in rows))
+    bars = list(groups_of(rows, others))
+    width = 0.8 / max(len(bars), 1)
+    for ax, (title, metric) in zip(panels_axes, panels.items()):
+        for b, bar in enumerate(bars):
+            found = [
+                spread([float(r.get(metric, math.nan)) for r in same])
+                for group in groups
+                for same in [groups_of(rows, axes).get((group, *bar), [])]
+            ]
+            x = np.arange(len(groups)) + (b + 0.5) * width - 0.4
+            ax.bar(
+                x,
+                [f["mean"] for f in found],
+                0.92 * width,
+                yerr=[0 if math.isnan(f["std"]) else f["std"] for f in found],
+                error_kw={"elinewidth": 0.8},
+                label=", ".join(f"{k} {v}" for k, v in zip(others, bar)) or None,
+            )
+        ax.set_xticks(range(len(groups)), groups)
+        ax.set(title=title, xlabel=first)
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3, axis="y")
+    if bars and others:
+        figure.legend(
+            *panels_axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=min(len(bars), 4),
+            fontsize="small",
+        )
+    _save(figure, target)
+
+
+def plot_search(
+    rows: Sequence[dict], axis: str, panels: Mapping[str, str], picked, target: Target
+) -> None:
+    """Metrics over a searched value, as the paper's figure 3: a dot a seed, a line of the means.
+
+    Args:
+        rows: of trainings, see ``evaluation.experiment``.
+        axis: name of the value, above 0.
+        panels: title -> name of a metric.
+        picked: the value to mark; None marks none.
+        target: where.
+    """
+    figure, panels_axes = _figure(len(panels))
+    of_value = {value: same for (value,), same in sorted(groups_of(rows, [axis]).items())}
+    for ax, (title, metric) in zip(panels_axes, panels.items()):
+        scores = {v: [float(r.get(metric, math.nan)) for r in of_value[v]] for v in of_value}
+        points = [(v, score) for v in scores for score in scores[v]]
+        ax.plot(*zip(*points), "o", color="C0", alpha=0.5, markersize=4, label="seeds")
+        ax.plot(
+            list(scores), [spread(s)["mean"] for s in scores.values()], color="C0", label="mean"
+        )
+        if picked is not None:
+            ax.axvline(picked, color="C1", linestyle="--", label=f"picked: {picked:g}")
+        ax.set_xscale("log")
+        ax.set_xticks(list(of_value), [f"{value:g}" for value in of_value])
+        ax.set_xticks([], minor=True)
+        ax.set(title=title, xlabel=axis)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize="small")
+    _save(figure, target)
+
+
+def plot_curves(rows: Sequence[dict], panels: Sequence[str], target: Target) -> None:
+    """Metrics over thresholds of several methods, as the paper's figure 4.
+
+    A line of the means, in a band of one standard deviation over seeds to either side.
+
+    Args:
+        rows: of ``threshold_curves``.
+        panels: metrics.
+        target: where.
+    """
+    figure, panels_axes = _figure(len(panels), width=5.0)
+    for ax, metric in zip(panels_axes, panels):
+        for name in dict.fromkeys(row["name"] for row in rows):
+            same = [row for row in rows if row["name"] == name]
+            x, mean, std = (
+                np.array([row[key] for row in same])
+                for key in ("threshold", f"{metric} mean", f"{metric} std")
+            )
+            (line,) = ax.plot(x, mean, label=name)
+            low, high = np.clip([mean - std, mean + std], 0, 1)
+            ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        ax.set(xlabel="threshold", ylabel=metric, xlim=(0, 1), ylim=(-0.02, 1.02))
+        ax.grid(alpha=0.3)
+    panels_axes[0].legend(fontsize="small")
+    _save(figure, target)
+
+
+def plot_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], names, target: Target) -> None:
+    """Pictures of the same slices side by side, as the paper's figure 5.
+
+    Args:
+        rows: title and one RGB picture for each name.
+        names: of the columns.
+        target: where.
+    """
+    figure = Figure(figsize=(4.5 * len(names), 5.0 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, pictures) in zip(figure.subplots(len(rows), len(names), squeeze=False), rows):
+        for ax, name, picture in zip(axes, names, pictures):
+            ax.imshow(picture)
+            ax.set_axis_off()
+            ax.set_title(f"{name}\n{title}", fontsize="small")
+    _save(figure, target)
+
+
 def _figure(columns: int, width: float = 6.0):
     # Without pyplot: no global state, no display.
     figure = Figure(figsize=(width * columns, 4.5), layout="constrained")
@@ -241,6 +369,10 @@ def _save(figure: Figure, target: Target) -> None:
         # Without date and random names, the same numbers give the same bytes.
         with matplotlib.rc_context({"svg.hashsalt": "ich_det2"}):
             figure.savefig(target, format="svg", metadata={"Date": None})
+        return
+    if Path(target).suffix == ".svg":
+        with write_atomically(target, "wb") as file:
+            _save(figure, file)
         return
     with write_atomically(target, "wb") as file:
         figure.savefig(file, format="png", dpi=120)

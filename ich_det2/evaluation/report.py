@@ -21,7 +21,7 @@ from .compare import COMPARED
 from .diagnosis import METRICS, summarize
 from .operating_point import OperatingPoint
 from .predictions import Predictions
-from .visualize import draw_overlay
+from .visualize import draw_predictions
 
 N_WORST = 6
 """Misses, and false alarms, that are shown."""
@@ -254,25 +254,10 @@ def _pictures(model: Model, entry: dict, read_image: ReadImage | None) -> dict[s
 
 
 def _overlay(image: np.ndarray, predictions: Predictions, i: int, threshold: float) -> str:
-    boxes = np.zeros((0, 5)) if predictions.boxes is None else predictions.boxes[i]
-    truth = None if predictions.true_boxes is None else _corners(predictions.true_boxes[i])
-    overlay = draw_overlay(
-        image,
-        _corners(boxes[:, 1:]),
-        boxes[:, 0],
-        ["box"] * len(boxes),
-        threshold=threshold,
-        score=float(predictions.scores[i]),
-        caption=f"{predictions.image_ids[i]}   patient {predictions.patients[i]}",
-        truth=truth,
-    )
     buffer = io.BytesIO()
+    overlay = draw_predictions(image, predictions, i, threshold)
     Image.fromarray(overlay).save(buffer, format="JPEG", quality=85)
     return _uri("image/jpeg", buffer.getvalue())
-
-
-def _corners(boxes: np.ndarray) -> np.ndarray:
-    return np.c_[boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]
 
 
 # ---- words -----------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .predictions import Predictions
+
 MIN_SIDE = 600
 """A slice whose longer side is shorter, in pixels, is enlarged by a whole factor."""
 
@@ -80,6 +82,28 @@ def draw_overlay(
         text = f"{labels[i]} {_probability(scores[i], threshold)}"
         taken.append(_write_label(draw, grey, corners[i], text, taken, unit))
     return np.asarray(_add_strip(canvas, score, threshold, caption))
+
+
+def draw_predictions(
+    image: np.ndarray, predictions: Predictions, i: int, threshold: float
+) -> np.ndarray:
+    """:func:`draw_overlay` of the ``i``-th of stored predictions, with boxes where it has some."""
+    boxes = np.zeros((0, 5)) if predictions.boxes is None else predictions.boxes[i]
+    truth = None if predictions.true_boxes is None else _corners(predictions.true_boxes[i])
+    return draw_overlay(
+        image,
+        _corners(boxes[:, 1:]),
+        boxes[:, 0],
+        ["box"] * len(boxes),
+        threshold=threshold,
+        score=float(predictions.scores[i]),
+        caption=f"{predictions.image_ids[i]}   patient {predictions.patients[i]}",
+        truth=truth,
+    )
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    return np.c_[boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]
 
 
 def _frame(draw: ImageDraw.ImageDraw, box, colour, line: int) -> None:

@@ -1,0 +1,174 @@
+"""Results of many trainings: a row each, mean and spread over seeds, the best on validation.
+
+A row has the training's values of the experiment's axes, "seed" among them, and metrics named
+``<split>/<level>/<metric>`` (``val/image/auc``, ``test/lesion/voc_ap50``) after ``diagnosis.json``.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .diagnosis import diagnosis_table
+from .predictions import Predictions
+
+SEED = "seed"
+Row = dict[str, object]
+
+
+def read_results(folder: Path) -> dict[str, float]:
+    """All metrics of a training's evaluations: ``inference/<dataset>/diagnosis.json``.
+
+    Args:
+        folder: its OUTPUT_DIR.
+
+    Returns:
+        name -> value, NaN where undefined; "ich_val" is called "val".
+    """
+    results = {}
+    for path in sorted((folder / "inference").glob("*/diagnosis.json")):
+        split = path.parent.name.removeprefix("ich_")
+        for level, values in json.loads(path.read_text(encoding="utf-8")).items():
+            if isinstance(values, Mapping):
+                pairs = {f"{split}/{level}/{key}": value for key, value in values.items()}
+            else:
+                pairs = {f"{split}/{level}": values}
+            results |= {key: math.nan if v is None else v for key, v in pairs.items()}
+    return results
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, sample standard deviation (NaN for a single value) and number of what is no NaN."""
+    values = np.array([v for v in values if not math.isnan(v)], dtype=float)
+    n = len(values)
+    return {
+        "mean": float(values.mean()) if n else math.nan,
+        "std": float(values.std(ddof=1)) if n > 1 else math.nan,
+        "n": n,
+    }
+
+
+def groups_of(rows: Sequence[Row], axes: Sequence[str]) -> dict[tuple, list[Row]]:
+    """Rows by their values of the axes, "seed" left out, in order of appearance."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[a] for a in axes if a != SEED), []).append(row)
+    return groups
+
+
+def spread_table(
+    rows: Sequence[Row], axes: Sequence[str], metrics: Mapping[str, str]
+) -> list[dict]:
+    """A row for each choice of the axes' values, over seeds.
+
+    Args:
+        rows: one for each training.
+        axes: names; "seed" is averaged over.
+        metrics: column of the table -> name of a metric, NaN where a training lacks it.
+
+    Returns:
+        Rows with the axes, and "<column> mean", "<column> std" and "<column> n".
+    """
+    names = [axis for axis in axes if axis != SEED]
+    table = []
+    for group, members in groups_of(rows, axes).items():
+        entry = dict(zip(names, group))
+        for column, metric in metrics.items():
+            found = spread([float(row.get(metric, math.nan)) for row in members])
+            entry |= {f"{column} {key}": value for key, value in found.items()}
+        table.append(entry)
+    return table
+
+
+def select(rows: Sequence[Row], axis: str, metric: str) -> dict:
+    """Picks a value of an axis by the mean over seeds of a metric on validation.
+
+    Only values with as many seeds as the best supplied one compete, and of equals the smallest is
+    taken.
+
+    Args:
+        rows: one for each training.
+        axis: name.
+        metric: name, larger is better.
+
+    Returns:
+        axis -> value, "metric", "mean", "std", "n", and "candidates": how many competed.
+
+    Raises:
+        ValueError: if the metric is not one of the validation, or no row has it.
+    """
+    if not metric.startswith("val/"):
+        raise ValueError(f"'{metric}' picks {axis}, expected a metric of the validation: val/...")
+    of_value = {
+        value: spread([float(row.get(metric, math.nan)) for row in members])
+        for (value,), members in groups_of(rows, [axis]).items()
+    }
+    most = max((found["n"] for found in of_value.values()), default=0)
+    if not most:
+        raise ValueError(f"no training has a '{metric}', so no {axis} can be picked.")
+    candidates = {v: found for v, found in of_value.items() if found["n"] == most}
+    value = min(candidates, key=lambda v: (-candidates[v]["mean"], v))
+    return {axis: value, "metric": metric, **candidates[value], "candidates": len(candidates)}
+
+
+def threshold_curves(
+    runs: Mapping[str, Sequence[Predictions]], thresholds: Sequence[float], metrics: Sequence[str]
+) -> list[dict]:
+    """Metrics of the images' diagnosis over thresholds, mean and spread over seeds.
+
+    Args:
+        runs: name -> predictions of its trainings.
+        thresholds: scores.
+        metrics: names in ``diagnosis.METRICS``; a precision without positive calls is left out.
+
+    Returns:
+        Rows with "name", "threshold", and "<metric> mean", "<metric> std" and "<metric> n".
+    """
+    rows = []
+    for name, members in runs.items():
+        tables = [diagnosis_table("image", p.labels, p.scores, thresholds) for p in members]
+        for threshold, same in zip(thresholds, zip(*tables)):
+            row = {"name": name, "threshold": threshold}
+            for metric in metrics:
+                found = spread([entry[metric] for entry in same])
+                row |= {f"{metric} {key}": value for key, value in found.items()}
+            rows.append(row)
+    return rows
+
+
+def patterns(
+    runs: Mapping[str, Predictions], thresholds: Mapping[str, float], *, each: int
+) -> dict[str, list[str]]:
+    """Positive images by who finds them, some evenly spaced ones of each kind.
+
+    Args:
+        runs: name -> predictions of the same images.
+        thresholds: name -> score from which an image is called positive.
+        each: how many at most.
+
+    Returns:
+        "found by ...; missed by ..." -> image ids; what most find comes first.
+
+    Raises:
+        ValueError: if the images differ.
+    """
+    first = next(iter(runs.values()))
+    hits = {}
+    for name, predictions in runs.items():
+        if set(predictions.image_ids) != set(first.image_ids):
+            raise ValueError(f"'{name}' was tested on other images than '{next(iter(runs))}'.")
+        hits[name] = predictions.take(first.image_ids).scores >= thresholds[name]
+    kinds: dict[tuple, list[str]] = {}
+    for i in np.flatnonzero(first.labels == 1):
+        kinds.setdefault(tuple(bool(h[i]) for h in hits.values()), []).append(first.image_ids[i])
+    result = {}
+    for kind in sorted(kinds, reverse=True):
+        found = [name for name, hit in zip(runs, kind) if hit]
+        missed = [name for name, hit in zip(runs, kind) if not hit]
+        parts = [f"{w} by {', '.join(n)}" for w, n in (("found", found), ("missed", missed)) if n]
+        members = kinds[kind]
+        places = np.unique(np.linspace(0, len(members) - 1, min(each, len(members))).astype(int))
+        result["; ".join(parts)] = [members[i] for i in places]
+    return result
