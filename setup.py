@@ -37,8 +37,14 @@ setup(
         "jinja2",
         "nibabel",
         "faster-coco-eval",
+        "hydra-core>=1.3",
         "scipy",
+        "tabulate",
         "pycocotools",
         "tensorboard",
     ],
+    # Where tools/run_experiment.py may run its cells: hydra/launcher=joblib, submitit_slurm, ray.
+    extras_require={
+        "launchers": ["hydra-joblib-launcher", "hydra-submitit-launcher", "hydra-ray-launcher"],
+    },
 )

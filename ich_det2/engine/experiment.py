@@ -165,8 +165,9 @@ def _thresholds(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
 def _pictures(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
     dataset, each = cfg["pictures"]["dataset"], cfg["pictures"]["each"]
     runs, thresholds, text = {}, {}, "| slice | at each detector's own threshold |\n|---|---|\n"
+    axes = [axis for axis in cfg["grid"] if len({cell.values[axis] for cell in cells}) > 1]
     for cell in cells:
-        name = ", ".join(str(value) for value in cell.values.values())
+        name = ", ".join(str(cell.values[axis]) for axis in axes or cfg["grid"])
         runs[name] = read_predictions(cell.folder / "inference" / dataset)
         if runs[name].boxes is None:
             raise ValueError(f"{cell.folder}: has no boxes on {dataset}; only detectors are drawn.")

@@ -6,7 +6,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ich_det2.evaluation.diagnosis import diagnosis_table
-from ich_det2.evaluation.plots import PLOTTED, plot_history, plot_roc, plot_thresholds
+from ich_det2.evaluation.plots import (
+    PLOTTED,
+    plot_bars,
+    plot_curves,
+    plot_history,
+    plot_pictures,
+    plot_roc,
+    plot_search,
+    plot_thresholds,
+)
 
 LEVELS = {
     "image": (np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.4, 0.1])),
@@ -94,3 +103,55 @@ def test_history_without_metrics_is_no_error(tmp_path, axes):
     plot_history([{"iteration": 100}], tmp_path / "h.png")
     assert_picture(tmp_path / "h.png")
     assert all(not ax.lines for ax in axes)
+
+
+def test_bars_are_the_means_in_groups(tmp_path, axes):
+    rows = [
+        {"network": n, "anchors": a, "seed": seed, "test/x": value + 0.1 * seed}
+        for n, a, value in (("r50", "default", 0.2), ("r50", "own", 0.4), ("vgg", "default", 0.6))
+        for seed in (0, 1)
+    ]
+    plot_bars(rows, ["network", "anchors", "seed"], {"mAP": "test/x"}, tmp_path / "b.png")
+    assert_picture(tmp_path / "b.png")
+    (ax,) = axes
+    default, own = ax.containers[1], ax.containers[3]  # each after its error lines
+    assert [bar.get_height() for bar in default] == pytest.approx([0.25, 0.65])
+    assert [bar.get_height() for bar in own] == pytest.approx([0.45, np.nan], nan_ok=True)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["r50", "vgg"]
+    assert [text.get_text() for text in axes[0].figure.legends[0].get_texts()] == [
+        *("anchors default", "anchors own"),
+    ]
+
+
+def test_a_search_shows_each_seed_the_means_and_the_pick(tmp_path, axes):
+    rows = [{"alpha": a, "seed": s, "val/x": a / 100 + s} for a in (100, 1) for s in (0, 1)]
+    plot_search(rows, "alpha", {"mAP": "val/x"}, 100, tmp_path / "s.png")
+    assert_picture(tmp_path / "s.png")
+    assert axes[0].get_xscale() == "log"
+    lines = curves(axes[0])
+    assert lines["seeds"].tolist() == [[1, 1, 100, 100], [0.01, 1.01, 1, 2]]
+    assert lines["mean"].tolist() == [[1, 100], [0.51, 1.5]]
+    assert lines["picked: 100"][0].tolist() == [100, 100]
+
+
+def test_curves_have_a_line_for_each_method_and_a_band_over_seeds(tmp_path, axes):
+    rows = [
+        {"name": name, "threshold": t, "recall mean": 1 - t, "recall std": std}
+        for name, std in (("a", 0.1), ("b", np.nan))
+        for t in (0.2, 0.5)
+    ]
+    plot_curves(rows, ["recall"], tmp_path / "c.svg")
+    assert (tmp_path / "c.svg").read_text().startswith("<?xml")
+    assert curves(axes[0])["a"].tolist() == [[0.2, 0.5], [0.8, 0.5]] and "b" in curves(axes[0])
+    band = axes[0].collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.4, 0.9))
+
+
+def test_pictures_stand_side_by_side(tmp_path, axes):
+    pictures = [np.full((40, 40, 3), value, dtype=np.uint8) for value in (0, 200)]
+    plot_pictures([("found", pictures), ("missed", pictures)], ["one", "two"], tmp_path / "p.png")
+    assert_picture(tmp_path / "p.png")
+    assert [ax.get_title() for ax in axes] == [
+        *("one\nfound", "two\nfound", "one\nmissed", "two\nmissed"),
+    ]
+    assert [int(ax.images[0].get_array().max()) for ax in axes] == [0, 200, 0, 200]
