@@ -8,12 +8,9 @@ import pydicom
 import pytest
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from pydicom.data import get_testdata_file
-from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_rescale
 from pydicom.uid import (
     JPEG2000,
-    EnhancedCTImageStorage,
     JPEG2000Lossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -135,46 +132,10 @@ def test_scan_reads_what_pydicom_reads():
                 assert int(value[0]) & 0xFFFF == int(slow.values[keyword][0]) & 0xFFFF
             else:
                 assert value == slow.values[keyword], keyword
-    assert scanned >= 10
+    assert scanned >= (10 if REAL.is_dir() else 6)
 
 
 # ---- compressions ------------------------------------------------------------------------------
-
-
-def jpeg_lossless(values):
-    """Encode (H, W) unsigned 16-bit values as JPEG process 14, selection value 1 (ITU-T T.81)."""
-    height, width = values.shape
-    bits = []
-    for y, row in enumerate(values.astype(int)):
-        for x, value in enumerate(row):
-            # First row: from the left; first column: from above; predictor 1: from the left.
-            before = row[x - 1] if x else values[y - 1, 0] if y else 1 << 15
-            difference = (int(value) - int(before) + 0x8000) % 0x10000 - 0x8000
-            size = abs(difference).bit_length()
-            bits.append(f"{size:05b}")  # 17 categories, each with a code of 5 bits
-            if 0 < size < 16:
-                bits.append(
-                    f"{difference if difference > 0 else difference + 2**size - 1:0{size}b}"
-                )
-    text = "".join(bits)
-    text += "1" * (-len(text) % 8)
-    data = int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\x00")
-    huffman = bytes([0]) + bytes([0, 0, 0, 0, 17] + [0] * 11) + bytes(range(17))
-    frame = (
-        bytes([16]) + height.to_bytes(2, "big") + width.to_bytes(2, "big") + bytes([1, 1, 0x11, 0])
-    )
-
-    def segment(marker, content):
-        return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
-
-    return (
-        b"\xff\xd8"
-        + segment(0xC3, frame)
-        + segment(0xC4, huffman)
-        + segment(0xDA, bytes([1, 1, 0, 1, 0, 0]))
-        + data
-        + b"\xff\xd9"
-    )
 
 
 def head(shape=(64, 48), low=0, high=4096):
@@ -188,61 +149,18 @@ def head(shape=(64, 48), low=0, high=4096):
 @pytest.mark.parametrize(
     "syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless, JPEGLosslessSV1], ids=lambda s: s.name
 )
-def test_lossless_compressions(tmp_path, write_ct, syntax, signed):
+def test_lossless_compressions(tmp_path, write_ct, compress, syntax, signed):
     values = head() - (1024 if signed else 0)
     path = write_ct(tmp_path / "a.dcm", values - 1024.0)
     ds = pydicom.dcmread(path)
     ds.PixelRepresentation, ds.PixelData = int(signed), values.astype("<i2").tobytes()
-    if syntax == JPEGLosslessSV1:
-        frame = jpeg_lossless(values.astype(np.uint16) if signed else values)
-        ds.PixelData = encapsulate([frame])
-        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
-        ds.file_meta.TransferSyntaxUID = syntax
-    else:
-        ds.compress(syntax, generate_instance_uid=False)
+    compress(ds, syntax)
     ds.save_as(path)
     check_dicom(path)
     assert np.array_equal(read_hu(path), values - 1024)
 
 
 # ---- several frames ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def write_enhanced(tmp_path, write_ct):
-    """Factory of an Enhanced CT file: frame i lies at a height and has a rescale of its own."""
-
-    def write(stored, heights, *, intercepts, syntax=None, **attributes):
-        path = write_ct(tmp_path / "enhanced.dcm", np.zeros(stored.shape[1:]))
-        ds = pydicom.dcmread(path)
-        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = EnhancedCTImageStorage
-        ds.SeriesInstanceUID, ds.NumberOfFrames = "1.2.3", len(stored)
-        del ds.RescaleSlope, ds.RescaleIntercept
-        shared, measures, orientation = Dataset(), Dataset(), Dataset()
-        measures.PixelSpacing, measures.SliceThickness = [0.5, 0.5], 5
-        orientation.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        shared.PixelMeasuresSequence = [measures]
-        shared.PlaneOrientationSequence = [orientation]
-        ds.SharedFunctionalGroupsSequence = [shared]
-        frames = []
-        for height, intercept in zip(heights, intercepts, strict=True):
-            frame, position, transformation = Dataset(), Dataset(), Dataset()
-            position.ImagePositionPatient = [0, 0, height]
-            transformation.RescaleIntercept, transformation.RescaleSlope = intercept, 2
-            transformation.RescaleType = "HU"
-            frame.PlanePositionSequence = [position]
-            frame.PixelValueTransformationSequence = [transformation]
-            frames.append(frame)
-        ds.PerFrameFunctionalGroupsSequence = frames
-        ds.PixelData = stored.astype("<u2").tobytes()
-        if syntax is not None:
-            ds.compress(syntax, generate_instance_uid=False)
-        for keyword, value in attributes.items():
-            setattr(ds, keyword, value)
-        ds.save_as(path)
-        return path
-
-    return write
 
 
 @pytest.mark.parametrize("syntax", [None, RLELossless, JPEG2000Lossless])
@@ -310,7 +228,7 @@ def test_streams_that_claim_another_size_are_not_decoded(tmp_path, write_ct, mon
             function(path)
 
 
-def test_stream_sizes():
+def test_stream_sizes(jpeg_lossless):
     assert stream_size(jpeg_lossless(np.zeros((3, 5), np.uint16))) == (3, 5)
     # An application segment before the frame header.
     stream = jpeg_lossless(np.zeros((3, 5), np.uint16))

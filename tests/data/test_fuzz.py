@@ -18,6 +18,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
 )
@@ -70,8 +71,9 @@ def mutate(data, mutations, reach):
 
 
 @pytest.fixture
-def dicom_seeds(tmp_path, write_ct):
-    """A small CT file in each kind of transfer syntax, and a real one."""
+def dicom_seeds(tmp_path, write_ct, write_enhanced, compress):
+    """Small CT files, each with the frame to read: one in each kind of transfer syntax, a real one,
+    and Enhanced ones of three frames."""
     seeds = [open(get_testdata_file("CT_small.dcm", download=False), "rb").read()]
     hu = np.random.default_rng(0).integers(-1000, 2000, (48, 64))
     path = write_ct(
@@ -80,9 +82,9 @@ def dicom_seeds(tmp_path, write_ct):
         ImageType=["ORIGINAL", "PRIMARY", "AXIAL"], PatientID="x",
     )  # fmt: skip
     seeds.append(path.read_bytes())
-    for syntax in (JPEG2000Lossless, JPEGLSLossless, RLELossless):
+    for syntax in (JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1, RLELossless):
         ds = pydicom.dcmread(path)
-        ds.compress(syntax)
+        compress(ds, syntax)
         ds.save_as(tmp_path / "other.dcm")
         seeds.append((tmp_path / "other.dcm").read_bytes())
     for syntax in (ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian):
@@ -94,6 +96,13 @@ def dicom_seeds(tmp_path, write_ct):
         plain.file_meta = ds.file_meta
         plain.save_as(tmp_path / "other.dcm", enforce_file_format=True)
         seeds.append((tmp_path / "other.dcm").read_bytes())
+    seeds = [(seed, None) for seed in seeds]
+    stored = np.random.default_rng(0).integers(0, 2000, (3, 32, 40))
+    for syntax in (None, RLELossless, JPEG2000Lossless, JPEGLosslessSV1):
+        path = write_enhanced(
+            stored, [10, -5, 2], intercepts=[-1024, 0, 7], syntax=syntax, PatientID="x"
+        )
+        seeds.append((path.read_bytes(), 1))
     return seeds
 
 
@@ -128,12 +137,12 @@ def run_fuzz(pytestconfig, strategy, check):
     assert growth < GROWTH_MIB
 
 
-def read_slowly(path):
+def read_slowly(path, frame):
     """``read_hu`` with the header by pydicom alone; None for a refusal."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ich_det2.data.dicom.elements._scan", lambda *args: None)
         try:
-            return read_hu(path)
+            return read_hu(path, frame)
         except ValueError:
             return None
 
@@ -145,19 +154,20 @@ def test_mutated_dicom(pytestconfig, tmp_path, dicom_seeds):
 
     def check(example):
         seed, mutations = example
-        path.write_bytes(mutate(dicom_seeds[seed], mutations, reach=1500))
+        data, frame = dicom_seeds[seed]
+        path.write_bytes(mutate(data, mutations, reach=1500))
         try:
-            hu = read_hu(path)
+            hu = read_hu(path, frame)
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
             outcomes["refused"] += 1
-            assert read_slowly(path) is None
+            assert read_slowly(path, frame) is None
         else:
-            assert np.array_equal(hu, read_slowly(path))
-            grey, _ = read_windowed(path, [(50, 100)])
+            assert np.array_equal(hu, read_slowly(path, frame))
+            grey, _ = read_windowed(path, [(50, 100)], frame)
             assert np.array_equal(grey, window_image(hu, [(50, 100)]))
             assert hu.dtype == np.float32 and hu.ndim == 2 and np.isfinite(hu).all()
-            check_dicom(path)  # what can be read passes the check
+            check_dicom(path, frame)  # what can be read passes the check
             outcomes["read"] += 1
         series, skipped = read_series(path.parent)
         assert sum(len(s.files) for s in series) + len(skipped) >= 1
