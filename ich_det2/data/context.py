@@ -39,7 +39,7 @@ def find_context(
     Raises:
         ValueError: naming an image whose place is not known.
     """
-    listed = _listed_places(Path(root) / "patients.csv")
+    listed = read_places(root)
     series: dict[str, list[tuple[str, float]]] = {}
     named = 0
     for image, path in images.items():
@@ -78,8 +78,15 @@ def last_number(name: str) -> float:
     return float(numbers[-1]) if numbers else math.nan
 
 
-def _listed_places(path: Path) -> dict[str, tuple[str, float]]:
-    places = {}
+def read_places(root: str | Path) -> dict[str, tuple[str, float]]:
+    """Where ``patients.csv`` of a VOC tree says that its images lie.
+
+    Returns:
+        Series and position along the slice normal in mm by image id, NaN where it is not given; a
+        study or else a patient stands for the series where there is no such column. Empty without
+        the file.
+    """
+    path, places = Path(root) / "patients.csv", {}
     if not path.is_file():
         return places
     with open(path, encoding="utf-8-sig", newline="") as file:

@@ -118,8 +118,9 @@ class IchDatasetMapper:
         if files is None or len(files) != 2 * reach + 1:
             key = "CONTEXT_SLICES" if self.context_slices else "SEQUENCE_SLICES"
             raise ValueError(
-                f"{dataset_dict['file_name']}: INPUT.{key} is {reach}, but the dataset does not say"
-                " which slices are its neighbours; register it by"
+                f"{dataset_dict['file_name']}: INPUT.{key} is {reach}, but it is not known which"
+                " slices are its neighbours: give DICOM with Image Position (Patient), or pictures"
+                " in a VOC tree whose patients.csv has the column position_mm, and register them by"
                 f" register_ich_voc(..., context={reach})."
             )
         slices = [image] * len(files)

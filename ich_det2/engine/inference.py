@@ -20,7 +20,7 @@ import yaml
 from detectron2.config import CfgNode
 from PIL import Image
 
-from ..data.context import last_number
+from ..data.context import last_number, read_places
 from ..data.dicom import CT_STORAGE, may_be_head, neighbours, read_series, sort_frames
 from ..data.mapper import IchDatasetMapper
 from ..data.splits import IMAGE_FOLDERS, read_patients
@@ -63,7 +63,8 @@ class Slice:
         given: named by the user, not found in a folder.
         patient_id, series_uid, sop_uid: as in the header; empty where there is none.
         frame: 0-based, in a file of several; else None.
-        context_files: file and frame of the slices before, this one and those after.
+        context_files: file and frame of the slices before, this one and those after; empty if it is
+            not known where the slice lies.
     """
 
     path: Path
@@ -122,7 +123,7 @@ def find_slices(
         FileNotFoundError, ValueError: one sentence that names a given file that cannot be read, or
             saying that there is no slice.
     """
-    _read_patients.cache_clear()
+    _read_tree.cache_clear()
     found: list[_Found] = []
     skipped: list[_Found] = []
     inputs = [Path(path) for path in inputs]
@@ -184,7 +185,14 @@ def find_slices(
     for key in patients:
         series = sorted(groups.get(key, {}).items())
         for number, (_, entries) in enumerate(series, start=1):
-            beside = _context(entries, context, by_name)
+            positions = [entry.position for entry in entries]
+            if by_name and np.isnan(positions).all():
+                positions = [last_number(entry.path.stem) for entry in entries]
+            beside = [[]] * len(entries)
+            if not np.isnan(positions).any():
+                # Several inputs may hold a series, and pictures be named in any order.
+                entries = [entries[i] for i in np.argsort(positions, kind="stable")]
+                beside = neighbours(sorted(positions), context)
             for index, entry in enumerate(entries):
                 slices.append(
                     Slice(
@@ -246,13 +254,15 @@ class _Found:
         self.reason = reason
         self.is_image = path.suffix.lower() in IMAGE_SUFFIXES
         self.header = dict.fromkeys(_HEADER, "") if self.is_image else _read_header(path)
-        self.listed_patient, tree = _listed_patient(path)
+        self.listed_patient, listed_place, tree = _listed(path)
         # Without a header there is no telling what it is, nor whose.
         self.is_blank = not (self.is_image or any(self.header.values()))
         # The end of a UID, as of a file exported by a PACS, is no suffix.
         self.suffix = "" if path.suffix[1:].isdigit() else path.suffix.lower()
 
         study, series = self.header["StudyInstanceUID"], self.header["SeriesInstanceUID"]
+        if self.is_image and not math.isnan(listed_place[1]):
+            series, self.position = listed_place
         itself = _natural(os.fspath(path))
         if self.listed_patient:
             self.patient_key = ("listed", tree, self.listed_patient)
@@ -315,16 +325,6 @@ def _find_given(paths: Sequence[Path]) -> list[_Found]:
     return sorted(found, key=lambda e: (np.nan_to_num(e.position), _natural(e.file)))
 
 
-def _context(entries: Sequence[_Found], reach: int, by_name: bool) -> list[list[int]]:
-    """For each slice of a series which ones are before it and after it, and itself between."""
-    positions = [entry.position for entry in entries]
-    if by_name and np.isnan(positions).all():
-        positions = [last_number(entry.path.stem) for entry in entries]
-    if np.isnan(positions).any():
-        return [[i] * (2 * reach + 1) for i in range(len(entries))]
-    return neighbours(positions, reach).tolist()
-
-
 def _image_fault(path: Path) -> str:
     """Why the header of a PNG or JPEG is refused; empty if it is not."""
     try:
@@ -357,17 +357,18 @@ def _read_header(path: Path) -> dict:
 
 
 @cache
-def _read_patients(tree: Path) -> dict[str, tuple[str, str]]:
-    return read_patients(tree)
+def _read_tree(tree: Path) -> tuple[dict, dict]:
+    return read_patients(tree), read_places(tree)
 
 
-def _listed_patient(path: Path) -> tuple[str, str]:
-    """Patient by ``patients.csv`` of the VOC tree that an image is in, and the tree; or empty."""
+def _listed(path: Path) -> tuple[str, tuple[str, float], str]:
+    """Patient and place by ``patients.csv`` of the VOC tree that an image is in, and the tree."""
     folder = path.absolute().parent
     if folder.name not in IMAGE_FOLDERS:
-        return "", ""
-    patient, _ = _read_patients(folder.parent).get(path.stem, ("", ""))
-    return patient, os.fspath(folder.parent)
+        return "", ("", math.nan), ""
+    patients, places = _read_tree(folder.parent)
+    patient, _ = patients.get(path.stem, ("", ""))
+    return patient, places.get(path.stem, ("", math.nan)), os.fspath(folder.parent)
 
 
 def _remover(entries: Iterable[_Found]):
