@@ -102,14 +102,8 @@ class IchDatasetMapper:
         path = Path(path)
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
             return _read_picture(path), 1.0
-        image, (rows, columns) = read_windowed(path, self.windows, frame, cache=self.cache)
-        ratio = rows / columns if rows > 0 else 1.0
-        if not 0.2 < ratio < 5:
-            raise ValueError(
-                f"{path}: Pixel Spacing (0028,0030) is {rows:g}\\{columns:g} mm, expected pixels"
-                " that are not more than five times as long as wide."
-            )
-        return image, ratio
+        image, spacing_mm = read_windowed(path, self.windows, frame, cache=self.cache)
+        return image, pixel_ratio(path, spacing_mm)
 
     def _read_context(self, dataset_dict: dict, image: np.ndarray) -> list[np.ndarray]:
         """The slices before a slice, uint8 (H, W, C), itself, and the slices after it."""
@@ -146,7 +140,7 @@ class IchDatasetMapper:
             ValueError: naming the file, if it cannot be read.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        image, pixel_ratio = self._read_slice(dataset_dict["file_name"], dataset_dict.get("frame"))
+        image, ratio = self._read_slice(dataset_dict["file_name"], dataset_dict.get("frame"))
         utils.check_image_size(dataset_dict, image)
         if self.context_slices:
             image = np.concatenate(self._read_context(dataset_dict, image), axis=-1)
@@ -155,10 +149,10 @@ class IchDatasetMapper:
 
         aug_input = T.AugInput(image)
         transforms = T.TransformList([])
-        if abs(pixel_ratio - 1) > 0.01:
+        height, width = image.shape[:2]
+        if (square_height := round(height * ratio)) != height:
             # As round as the head is; a detector's boxes are scaled back along each axis.
-            height, width = image.shape[:2]
-            square = T.ResizeTransform(height, width, round(height * pixel_ratio), width)
+            square = T.ResizeTransform(height, width, square_height, width)
             aug_input.transform(square)
             transforms += square
         fixed = dataset_dict.pop("shift_scale", None)
@@ -192,6 +186,26 @@ def _as_tensor(image: np.ndarray) -> torch.Tensor:
     image = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1).astype(np.float32)
     # One window fills three channels.
     return torch.from_numpy(image).expand(3, -1, -1).contiguous()
+
+
+def pixel_ratio(path: str | Path, spacing_mm: tuple[float, float]) -> float:
+    """Height of a slice's pixels over their width: 1 if nearly so, or where it is not known.
+
+    Args:
+        path: to be named.
+        spacing_mm: of rows and of columns.
+
+    Raises:
+        ValueError: naming the file, if the pixels are too long to be true.
+    """
+    rows, columns = spacing_mm
+    ratio = rows / columns if rows > 0 else 1.0
+    if not 0.2 < ratio < 5:
+        raise ValueError(
+            f"{path}: Pixel Spacing (0028,0030) is {rows:g}\\{columns:g} mm, expected pixels"
+            " that are not more than five times as long as wide."
+        )
+    return ratio if abs(ratio - 1) > 0.01 else 1.0
 
 
 def _read_picture(path: Path) -> np.ndarray:

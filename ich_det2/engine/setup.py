@@ -23,7 +23,8 @@ from ..anchors.clustering import (
 )
 from ..config import add_ich_config
 from ..data.datasets import check_images, register_ich_datasets
-from ..data.mapper import IchDatasetMapper
+from ..data.dicom import read_spacing
+from ..data.mapper import IchDatasetMapper, pixel_ratio
 from ..modeling.anchor_generator import anchors_given
 from ..modeling.backbone.timm_backbone import pretrained_state_dict
 from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
@@ -289,19 +290,26 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
     """Widths and heights of the boxes of datasets at the network's input in training.
 
     Returns:
-        (M, 2), network-input pixels, after the resize to the middle of ``INPUT.MIN_SIZE_TRAIN``.
+        (M, 2), network-input pixels, after the resize of pixels that are not square, and that to
+        the middle of ``INPUT.MIN_SIZE_TRAIN``.
     """
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     short_edge = sizes if isinstance(sizes, int) else int(round(np.median(sizes)))
     boxes = []
     for name in datasets:
         for d in DatasetCatalog.get(name):
-            height, _ = ResizeShortestEdge.get_output_shape(
-                d["height"], d["width"], short_edge, cfg.INPUT.MAX_SIZE_TRAIN
+            if not d["annotations"]:
+                continue
+            path, ratio = d["file_name"], 1.0
+            if path.lower().endswith(".dcm"):  # the mapper makes the pixels square first
+                ratio = pixel_ratio(path, read_spacing(path))
+            height = round(d["height"] * ratio)
+            resized, _ = ResizeShortestEdge.get_output_shape(
+                height, d["width"], short_edge, cfg.INPUT.MAX_SIZE_TRAIN
             )
-            scale = height / d["height"]
+            scale = resized / height
             for x0, y0, x1, y1 in (a["bbox"] for a in d["annotations"]):
-                boxes.append(((x1 - x0) * scale, (y1 - y0) * scale))
+                boxes.append(((x1 - x0) * scale, (y1 - y0) * ratio * scale))
     return np.array(boxes).reshape(-1, 2)
 
 

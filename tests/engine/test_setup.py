@@ -1,10 +1,15 @@
 """What is wrong with a run is said in one sentence before anything is written."""
 
+import numpy as np
 import pytest
+import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
 
 from ich_det2 import add_ich_config
 from ich_det2.anchors import AnchorPairs, Anchors
+from ich_det2.data import IchDatasetMapper
+from ich_det2.data.datasets import register_ich_datasets
 from ich_det2.engine.setup import (
     anchor_levels,
     anchor_settings,
@@ -114,6 +119,22 @@ def test_boxes_are_those_of_the_networks_input(cfg_on):
     check(cfg)
     # 20 x 16 pixels at half size.
     assert training_boxes_wh(cfg).tolist() == [[10, 8], [10, 8]]
+
+
+def test_boxes_are_those_of_the_networks_input_where_pixels_are_not_square(voc_tree, tiny_cfg):
+    images = {"a": [("IPH", (11, 13, 30, 28))], "b": [("SDH", (1, 1, 64, 5))]}
+    header = {"a": {"PixelSpacing": [1.0, 0.5]}, "b": {"PixelSpacing": [0.3, 0.45]}}
+    root = voc_tree(images, kind="dicom", header=header)
+    cfg = tiny_cfg("DATASETS.ICH_ROOT", str(root), "INPUT.MIN_SIZE_TRAIN", "(32,)")
+    register_ich_datasets(root)
+    boxes_wh = training_boxes_wh(cfg)
+    # a: 64 x 48 pixels become 64 x 96, then 32 x 48: 20 x 16 become 10 x 16.
+    # b: 64 x 32, and then the same: 5 of 48 rows become 5 x 32 / 48.
+    assert boxes_wh == pytest.approx(np.array([[10, 16], [64, 5 * 32 / 48]]))
+    mapper = IchDatasetMapper(cfg, is_train=True)
+    mapped = [mapper(d)["instances"].gt_boxes.tensor for d in DatasetCatalog.get("ich_train")]
+    corners = torch.cat(mapped).numpy()
+    assert boxes_wh == pytest.approx(corners[:, 2:] - corners[:, :2])
 
 
 @pytest.mark.parametrize(

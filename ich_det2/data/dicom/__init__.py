@@ -14,7 +14,15 @@ from .pixels import (
     read_size,
     read_windowed,
 )
-from .series import CTSeries, may_be_head, neighbours, read_place, read_series, sort_frames
+from .series import (
+    CTSeries,
+    may_be_head,
+    neighbours,
+    read_place,
+    read_series,
+    read_spacing,
+    sort_frames,
+)
 from .window import apply_window, window_image
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "read_place",
     "read_series",
     "read_size",
+    "read_spacing",
     "read_windowed",
     "sort_frames",
     "window_image",

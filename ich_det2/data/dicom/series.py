@@ -149,6 +149,13 @@ def read_place(path: str | os.PathLike) -> tuple[str, float]:
     return entry.series_uid, float(entry.position @ np.cross(*entry.directions))
 
 
+def read_spacing(path: str | os.PathLike) -> tuple[float, float]:
+    """Distance of rows and of columns of a slice (of the first frame), mm; NaN where the file does
+    not say. Errors as ``read_hu``."""
+    with naming(path), open(path, "rb") as file:
+        return read_headers(file)[0][0].spacing_mm
+
+
 def neighbours(positions_mm: Sequence[float], reach: int = 1) -> np.ndarray:
     """The slices before and after each slice of a series, for channels of context.
 
