@@ -56,7 +56,7 @@ def import_coco(path: Path, folder: Path, output: Path) -> None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = {c["id"]: str(c["name"]) for c in content["categories"]}
+        names = {c["id"]: str(c["name"]).strip() for c in content["categories"]}
         boxes: dict[int, list] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             x, y, w, h = map(float, annotation["bbox"])
@@ -74,7 +74,7 @@ def import_coco(path: Path, folder: Path, output: Path) -> None:
             if not source.is_relative_to(root) or not source.is_file():
                 raise ValueError(f"{path}: the image '{name}' is not in {folder}.")
             identifier = re.sub(r"[^\w.-]", "_", source.stem)
-            if identifier not in tree:
+            if tree.wants(identifier, boxes[image["id"]]):
                 tree.add(
                     identifier,
                     source,

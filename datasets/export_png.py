@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL import Image
 from ich_det2.data.dicom import read_identity, read_series, read_windowed
 from ich_det2.data.prepare import progress, warn
 from ich_det2.data.voc_writer import pseudonym
-from ich_det2.files import write_atomically
+from ich_det2.files import remove_leftovers, write_atomically
 
 INDEX = "export.json"
 
@@ -47,27 +48,37 @@ def main(argv=None) -> int:
 
 
 def export(source: Path, output: Path, window: tuple[float, float]) -> None:
-    """Write the pictures that are not there yet, and the index."""
+    """Write the index, and the pictures that are not there yet or show another window."""
     series, skipped = read_series(source)
-    output.mkdir(parents=True, exist_ok=True)
-    index = {}
+    index, paths, count = {}, {}, Counter()
     for s in progress(series, "series"):
         prefix = pseudonym("patient", s.patient_id or s.study_uid)[8:]
         prefix += "_" + pseudonym("series", s.series_uid)[7:13]
-        for i, (path, frame) in enumerate(zip(s.files, s.frames)):
+        for path, frame in zip(s.files, s.frames):
             if frame is not None:
                 continue  # a tree of slices cannot hold a file of several
-            name = f"{prefix}_{i:03d}"
+            # Slices of one series in two orientations are two series here, of the same UID.
+            name = f"{prefix}_{count[prefix]:03d}"
+            count[prefix] += 1
             uid = read_identity(path)[2]
-            index[name] = {"sop": hashlib.sha256(uid.encode()).hexdigest(), "window": window}
-            if not (output / f"{name}.png").exists():
-                grey, _ = read_windowed(path, [window])
-                with write_atomically(output / f"{name}.png", "wb") as file:
-                    Image.fromarray(grey[..., 0]).save(file, format="PNG")
+            paths[name] = path
+            index[name] = {"sop": hashlib.sha256(uid.encode()).hexdigest(), "window": [*window]}
     if not index:
         raise ValueError(f"{source}: holds no CT slices; {len(skipped)} files were skipped.")
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    earlier = json.loads((output / INDEX).read_text()) if (output / INDEX).is_file() else {}
+    for name in index:
+        if earlier.get(name) != index[name]:
+            (output / f"{name}.png").unlink(missing_ok=True)
+    # Before the pictures, so that what is there is always what it says.
     with write_atomically(output / INDEX) as file:
         json.dump(index, file, indent=1)
+    for name, path in progress(paths.items(), "pictures"):
+        if not (output / f"{name}.png").exists():
+            grey, _ = read_windowed(path, [window])
+            with write_atomically(output / f"{name}.png", "wb") as file:
+                Image.fromarray(grey[..., 0]).save(file, format="PNG")
     if skipped:
         warn(f"{len(skipped)} files are no CT slices; the first: {skipped[0][1]}")
     print(f"{output}: {len(index)} pictures")

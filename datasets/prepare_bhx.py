@@ -58,32 +58,41 @@ def prepare(args, tree) -> None:
             boxes[uid].append(box)
     healthy = read_healthy(args.reads) if args.reads else set()
     series, skipped = read_series(args.source)
-    found, taken = set(), 0
+    found, taken, frames = set(), 0, 0
+    count: Counter = Counter()
     for s in progress(series, "series"):
-        uids = {path: read_identity(path)[2] for path, f in zip(s.files, s.frames) if f is None}
-        positive = any(uids[path] in boxes for path in uids)
+        if s.frames[0] is not None:  # a tree of slices cannot hold a file of several
+            frames += 1
+            continue
+        uids = {path: read_identity(path)[2] for path in s.files}
+        positive = any(uid in boxes for uid in uids.values())
         if not positive and number_of(s.patient_id) not in healthy:
             continue
         taken += 1
         found |= set(uids.values()) & set(boxes)
         patient = pseudonym("patient", s.patient_id or s.study_uid)
         series_name = pseudonym("series", s.series_uid)
-        for i, path in enumerate(s.files):
-            name = f"{patient[8:]}_{series_name[7:13]}_{i:03d}"
-            if name in tree:
+        for path, position in zip(s.files, s.positions_mm):
+            # Slices of one series in two orientations are two series here, of the same UID.
+            name = f"{patient[8:]}_{series_name[7:13]}_{count[series_name]:03d}"
+            count[series_name] += 1
+            found_boxes = boxes.get(uids[path], [])
+            objects = [(label, box) for label, box, _ in found_boxes]
+            if not tree.wants(name, objects):
                 continue
-            objects = boxes.get(uids.get(path), [])
             tree.add(
                 name,
                 path,
-                [(label, box) for label, box, _ in objects],
+                objects,
                 size=read_size(path),
                 patient=patient,
                 study=pseudonym("study", s.study_uid or s.patient_id),
                 series=series_name,
-                position_mm=s.positions_mm[i],
-                source={"labelType": [kind for _, _, kind in objects]},
+                position_mm=position,
+                source={"labelType": [kind for _, _, kind in found_boxes]},
             )
+    if frames:
+        warn(f"{frames} series are multi-frame files and were left out; export one slice a file.")
     if skipped:
         reasons = Counter(reason for _, reason in skipped).most_common(3)
         warn(f"{len(skipped)} files are no CT slices, mostly: {'; '.join(r for r, _ in reasons)}")

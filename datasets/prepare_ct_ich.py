@@ -13,12 +13,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import numpy as np
-
 from ich_det2.data.dicom.writing import encode_ct
 from ich_det2.data.prepare import progress, run_preparer, warn
 from ich_det2.data.voc_writer import boxes_of_mask
-from ich_det2.data.volumes import read_nifti
+from ich_det2.data.volumes import read_with_mask
 
 DIAGNOSES = "hemorrhage_diagnosis_raw_ct.csv"
 TYPES = {
@@ -51,10 +49,7 @@ def prepare(args, tree) -> None:
         patient = path.name.split(".")[0]
         if all(f"{patient}_{number:02d}" in tree for number in diagnoses.get(patient, [-1])):
             continue
-        scan = read_nifti(path)
-        mask = read_nifti(args.source / "masks" / path.name, np.int16).slices
-        if mask.shape != scan.slices.shape:
-            raise ValueError(f"{path}: is {scan.slices.shape}, its mask {mask.shape} voxels.")
+        scan, mask = read_with_mask(path, args.source / "masks" / path.name)
         depth, rows, columns = scan.spacing_mm
         for i, hu in enumerate(scan.slices):
             number = i + 1
@@ -63,6 +58,8 @@ def prepare(args, tree) -> None:
             objects = boxes_of_mask(mask[i], lambda _: label, min_pixels=args.min_pixels)  # noqa: B023
             disagree += bool(objects) != bool(types)
             name = f"{patient}_{number:02d}"
+            if not tree.wants(name, objects):
+                continue
             content = encode_ct(
                 hu, name=name, series=patient, height_mm=i * depth, spacing_mm=(rows, columns)
             )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -35,14 +36,19 @@ def add_options(parser) -> None:
 
 
 def prepare(args, tree) -> None:
-    annotations = {p.stem: p for p in sorted(args.source.rglob("*.xml"))}
-    images = {p.stem: p for p in sorted(args.source.rglob("*")) if p.suffix.lower() in SUFFIXES}
+    paths = sorted(args.source.rglob("*"))
+    annotations = by_stem(p for p in paths if p.suffix.lower() == ".xml")
+    images = by_stem(p for p in paths if p.suffix.lower() in SUFFIXES)
     slices = find_exported(args.source / "export.json", args.dicom) if args.dicom else {}
     if stray := sorted(annotations.keys() - images.keys()):
         warn(f"{len(stray)} XML without an image, '{stray[0]}' for one, were left out.")
     for name, path in progress(images.items(), "images"):
         identifier = re.sub(r"[^\w.-]", "_", name)
-        if identifier in tree or (name not in annotations and not args.healthy):
+        if name not in annotations and not args.healthy:
+            continue
+        voc = read_voc(annotations[name]) if name in annotations else None
+        objects = [(obj.name, obj.box) for obj in voc.objects] if voc else []
+        if not tree.wants(identifier, objects):
             continue
         path = slices.get(name, path)
         patient, study, series, position = name, "", "", None
@@ -56,15 +62,11 @@ def prepare(args, tree) -> None:
             patient, study = patient or study or name, study or patient or name
             patient, study = pseudonym("patient", patient), pseudonym("study", study)
             series = pseudonym("series", series or study)
-        objects = []
-        if name in annotations:
-            voc = read_voc(annotations[name])
-            if voc.width is not None and (voc.height, voc.width) != size:
-                raise ValueError(
-                    f"{voc.path}: was drawn on {voc.width} x {voc.height} pixels, the image has "
-                    f"{size[1]} x {size[0]}."
-                )
-            objects = [(obj.name, obj.box) for obj in voc.objects]
+        if voc and voc.width is not None and (voc.height, voc.width) != size:
+            raise ValueError(
+                f"{voc.path}: was drawn on {voc.width} x {voc.height} pixels, the image has "
+                f"{size[1]} x {size[0]}."
+            )
         tree.add(
             identifier,
             path,
@@ -75,6 +77,19 @@ def prepare(args, tree) -> None:
             series=series,
             position_mm=position,
         )
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by stem.
+
+    Raises:
+        ValueError: naming two files of one stem, of which one would be lost.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if found.setdefault(path.stem, path) != path:
+            raise ValueError(f"{path}: has the name of {found[path.stem]}; rename one.")
+    return found
 
 
 def find_exported(index: Path, dicom: Path) -> dict[str, Path]:

@@ -21,7 +21,7 @@ from PIL import Image
 from ich_det2.data.dicom.writing import encode_ct
 from ich_det2.data.prepare import progress, run_preparer
 from ich_det2.data.voc_writer import boxes_of_mask
-from ich_det2.data.volumes import read_nifti
+from ich_det2.data.volumes import read_with_mask
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
@@ -43,7 +43,7 @@ def add_options(parser) -> None:
     parser.add_argument("--min-pixels", type=int, default=4, help="smaller parts are left out")
     parser.add_argument(
         "--patient",
-        type=re.compile,
+        type=parse_pattern,
         default=re.compile(r"(.+?)(?:[_-]\d+)?$"),
         metavar="REGEX",
         help="its first group, of a file's stem, is the patient (default: all but a last number)",
@@ -56,14 +56,24 @@ def parse_class(text: str) -> tuple[int, str]:
     colour = re.fullmatch(r"#?([0-9a-fA-F]{6})", value)
     if not name or not (colour or value.isdigit()):
         raise argparse.ArgumentTypeError(f"'{text}': expected VALUE=NAME or rrggbb=NAME")
-    return (int(colour[1], 16) if colour else int(value)), name
+    return (int(colour[1], 16) if colour else int(value)), name.strip()
+
+
+def parse_pattern(text: str) -> re.Pattern:
+    """A regular expression with a group."""
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}': is no regular expression ({error})") from None
+    if not pattern.groups:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a group, (...), for the patient")
+    return pattern
 
 
 def prepare(args, tree) -> None:
     names = dict(args.classes) if args.classes else None
     name_of = (lambda value: "hemorrhage") if names is None else names.get
-    images = {stem(p): p for p in sorted((args.source / args.images).glob("*")) if stem(p)}
-    masks = {stem(p): p for p in sorted((args.source / args.masks).glob("*")) if stem(p)}
+    images, masks = find(args.source / args.images), find(args.source / args.masks)
     if missing := sorted(images.keys() ^ masks.keys()):
         raise ValueError(
             f"{args.source}: '{missing[0]}' and {len(missing) - 1} more have an image or a mask "
@@ -72,33 +82,43 @@ def prepare(args, tree) -> None:
     for name, path in progress(images.items(), "images"):
         identifier = re.sub(r"[^\w.-]", "_", name)
         if path.suffix.lower() in PICTURES:
-            if identifier in tree:
+            mask = read_mask(masks[name], colours=bool(names) and max(names) > 0xFF)
+            objects = boxes_of_mask(mask, name_of, min_pixels=args.min_pixels)
+            if not tree.wants(identifier, objects):
                 continue
             with Image.open(path) as image:
                 grey = np.asarray(image.convert("L"))
-            mask = read_mask(masks[name], colours=bool(names) and max(names) > 0xFF)
-            check_shapes(path, grey.shape, mask.shape)
-            objects = boxes_of_mask(mask, name_of, min_pixels=args.min_pixels)
+            if grey.shape != mask.shape:
+                raise ValueError(
+                    f"{path}: is {grey.shape}, its mask {mask.shape}; expected the same size."
+                )
             match = args.patient.match(name)
             patient = match[1] if match else name
             tree.add(identifier, grey, objects, size=grey.shape, patient=patient)
             continue
-        scan = read_nifti(path)
-        mask = read_nifti(masks[name], np.int32).slices
-        check_shapes(path, scan.slices.shape, mask.shape)
+        scan, mask = read_with_mask(path, masks[name])
         depth, rows, columns = scan.spacing_mm
         for i, hu in enumerate(scan.slices):
             image_id = f"{identifier}_{i:03d}"
-            if image_id in tree:
+            objects = boxes_of_mask(mask[i], name_of, min_pixels=args.min_pixels)
+            if not tree.wants(image_id, objects):
                 continue
             height = i * depth
             content = encode_ct(
                 hu, name=image_id, series=name, height_mm=height, spacing_mm=(rows, columns)
             )
-            objects = boxes_of_mask(mask[i], name_of, min_pixels=args.min_pixels)
             tree.add(
                 image_id, content, objects, size=hu.shape, patient=identifier, position_mm=height
             )
+
+
+def find(folder) -> dict:
+    """Pictures and volumes in a folder by stem."""
+    found = {}
+    for path in sorted(folder.glob("*")):
+        if stem(path) and found.setdefault(stem(path), path) != path:
+            raise ValueError(f"{path}: has the name of {found[stem(path)].name}; rename one.")
+    return found
 
 
 def stem(path) -> str:
@@ -119,11 +139,6 @@ def read_mask(path, *, colours: bool) -> np.ndarray:
         if image.mode in ("RGB", "RGBA"):
             image = image.convert("L")
         return np.asarray(image).astype(np.int32)
-
-
-def check_shapes(path, image, mask) -> None:
-    if image != mask:
-        raise ValueError(f"{path}: is {image}, its mask {mask}; expected the same size.")
 
 
 if __name__ == "__main__":

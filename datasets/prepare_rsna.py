@@ -32,10 +32,13 @@ def add_options(parser) -> None:
 
 def prepare(args, tree) -> None:
     labels = read_labels(args.labels)
-    paths = [p for p in sorted(args.source.rglob("*.dcm")) if p.stem in labels]
+    files = sorted(args.source.rglob("*.dcm"))
+    paths = [path for path in files if path.stem in labels]
+    if unknown := len(files) - len(paths):
+        warn(f"{unknown} of {len(files)} DICOM files have no label and were left out.")
     refused = 0
     for path in progress(paths[: args.limit], "images"):
-        if path.stem in tree:
+        if not tree.wants(path.stem, [], label=labels[path.stem]):
             continue
         try:
             patient, study, _ = read_identity(path)

@@ -31,6 +31,12 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what ``write_atomically`` leaves in a folder when its process is killed."""
+    for path in Path(folder).glob(".*." + "[0-9a-f]" * 12 + ".tmp"):
+        path.unlink()
+
+
 def write_csv(path: str | Path, fields: Sequence[str], rows: Sequence[dict]) -> None:
     """Writes rows to a CSV file, whole or not at all."""
     with write_atomically(path) as file:

@@ -54,6 +54,8 @@ def run_preparer(
             prepare(args, tree)
             if not len(tree):
                 raise ValueError(f"{args.source}: no image was found; see datasets/README.md.")
+            if tree.dropped:
+                warn(f"{tree.dropped} boxes have no pixel in their image and were left out.")
             print(
                 f"{args.output}: {len(tree)} images. Next: python datasets/make_splits.py "
                 f"{args.output}, then python tools/inspect_data.py {args.output}"

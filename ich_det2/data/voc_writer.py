@@ -1,7 +1,8 @@
 """Writes a VOC tree image by image: what all preparers in ``datasets/`` share.
 
 An image, its annotation and its row of ``patients.csv`` appear whole or not at all, and what is
-there already is not written again, so a preparer that was stopped is simply started again.
+there already is not written again, so a preparer that was stopped, or killed, is simply started
+again. An image whose boxes have changed since is written anew.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..files import write_atomically
+from ..files import remove_leftovers, write_atomically
 from .splits import read_labels
-from .voc import Box, write_voc
+from .voc import Box, read_voc, write_voc
 
 FIELDS = ("image", "patient", "study", "series", "position_mm")
 """Columns of ``patients.csv``."""
@@ -29,13 +30,21 @@ FIELDS = ("image", "patient", "study", "series", "position_mm")
 SOURCES = "sources.json"
 """Where each image came from: its source's path under SOURCE, and what a way back needs."""
 
+JOURNAL = ".added.jsonl"
+"""The rows of images that are written, until the tables are: a line each."""
+
+FOLDERS = ("Annotations", "DICOM", "JPEGImages")
+
 
 class VocWriter:
     """A VOC tree under construction.
 
-    with VocWriter(root) as tree:
-        if name not in tree:
+    with VocWriter(root, database=...) as tree:
+        if tree.wants(name, objects):
             tree.add(name, image, objects, patient=...)
+
+    Attributes:
+        dropped: number of boxes left out, since less than a pixel of them is in the image.
     """
 
     def __init__(self, root: str | os.PathLike, *, database: str):
@@ -47,9 +56,13 @@ class VocWriter:
         self.root, self.database = Path(root), database
         self._rows: dict[str, dict] = {}
         self._sources: dict[str, dict] = {}
+        self._seen: set[str] = set()
+        self.dropped = 0
         self._labels = {name: str(label) for name, label in read_labels(self.root).items()}
-        for folder in ("Annotations", "DICOM", "JPEGImages"):
+        for folder in FOLDERS:
             (self.root / folder).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.root / folder)
+        remove_leftovers(self.root)
         if (self.root / "patients.csv").is_file():
             with open(self.root / "patients.csv", encoding="utf-8", newline="") as file:
                 self._rows = {row["image"]: row for row in csv.DictReader(file)}
@@ -57,11 +70,15 @@ class VocWriter:
             self._sources = json.loads((self.root / SOURCES).read_text(encoding="utf-8"))
 
     def __enter__(self) -> VocWriter:
+        self._replay()
+        self._journal = open(self.root / JOURNAL, "w", encoding="utf-8")
         return self
 
     def __exit__(self, *error) -> None:
         # An interrupted run keeps what it has, so that the next one goes on from there.
+        self._journal.close()
         self._write_tables()
+        (self.root / JOURNAL).unlink()
         for folder in ("DICOM", "JPEGImages"):
             if not any((self.root / folder).iterdir()):
                 (self.root / folder).rmdir()
@@ -71,6 +88,25 @@ class VocWriter:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def wants(
+        self, name: str, objects: Iterable[tuple[str, Box]], *, label: int | None = None
+    ) -> bool:
+        """Whether an image is still to be added, or was added with other boxes or another label.
+
+        Raises:
+            ValueError: this run has asked for an image of this name already.
+        """
+        if name in self._seen:
+            raise ValueError(
+                f"two images of the source have the id '{name}', expected one; rename a file."
+            )
+        self._seen.add(name)
+        if name not in self or (label is not None and self._labels.get(name) != str(int(label))):
+            return True
+        voc = read_voc(self.root / "Annotations" / f"{name}.xml")
+        boxes = [(obj.name, obj.box) for obj in voc.objects]
+        return boxes != list(clip(objects, voc.width, voc.height))
 
     def add(
         self,
@@ -120,23 +156,41 @@ class VocWriter:
             path /= f"{name}{image.suffix.lower() if picture else '.dcm'}"
             with write_atomically(path, "wb") as file:
                 file.write(image.read_bytes())
+        objects = list(objects)
+        kept = list(clip(objects, width, height))
+        self.dropped += len(objects) - len(kept)
         write_voc(
             self.root / "Annotations" / f"{name}.xml",
             filename=path.name,
             width=width,
             height=height,
-            objects=list(clip(objects, width, height)),
+            objects=kept,
             database=self.database,
         )
         position = "" if position_mm is None or np.isnan(position_mm) else f"{position_mm:.3f}"
         values = (name, patient, study or patient, series or study or patient, position)
-        self._rows[name] = dict(zip(FIELDS, values, strict=True))
+        row = dict(zip(FIELDS, values, strict=True))
+        entry = (row, None if label is None else str(int(label)), source)
+        self._take(*entry)
+        self._journal.write(json.dumps(entry) + "\n")
+        self._journal.flush()
+
+    def _take(self, row: dict, label: str | None, source: dict | None) -> None:
+        self._rows[row["image"]] = row
         if label is not None:
-            self._labels[name] = str(int(label))
+            self._labels[row["image"]] = label
         if source is not None:
-            self._sources[name] = source
-        if len(self._rows) % 500 == 0:
-            self._write_tables()
+            self._sources[row["image"]] = source
+
+    def _replay(self) -> None:
+        """Takes over what a run added that was killed before it could write the tables."""
+        path = self.root / JOURNAL
+        if not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):  # the last line may be half written
+                self._take(*json.loads(line))
+        self._write_tables()
 
     def _write_tables(self) -> None:
         table = io.StringIO()

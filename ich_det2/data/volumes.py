@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from operator import attrgetter
 
 import nibabel as nib
 import numpy as np
@@ -19,10 +20,12 @@ class Volume:
     Attributes:
         slices: (D, H, W); rows run to the patient's back, columns to the patient's left.
         spacing_mm: of slices, of rows, of columns.
+        axes: where those of the file's voxels ran to, e.g. "LPS".
     """
 
     slices: np.ndarray
     spacing_mm: tuple[float, float, float]
+    axes: str
 
 
 def read_nifti(path: str | os.PathLike, dtype=np.float32) -> Volume:
@@ -43,6 +46,7 @@ def read_nifti(path: str | os.PathLike, dtype=np.float32) -> Volume:
         shape = [n for n in image.shape[3:] if n != 1]
         if len(image.shape) < 3 or shape or np.prod(image.shape, dtype=float) > MAX_VOXELS:
             raise ValueError(f"has the shape {image.shape}, expected three axes of a head")
+        axes = "".join(str(axis) for axis in nib.aff2axcodes(image.affine))
         # RAS+: to the right, to the front, to the head.
         image = nib.as_closest_canonical(image)
         data = np.asanyarray(image.dataobj).reshape(image.shape[:3])
@@ -50,4 +54,28 @@ def read_nifti(path: str | os.PathLike, dtype=np.float32) -> Volume:
     except Exception as error:  # nibabel answers damage with many kinds of errors
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: is not a NIfTI volume of a head ({detail}).") from error
-    return Volume(np.ascontiguousarray(data[::-1, ::-1].T.astype(dtype)), (z, y, x))
+    if np.issubdtype(dtype, np.integer):
+        data = np.rint(data)  # a mask with a scale holds 0.9999 for 1
+    return Volume(np.ascontiguousarray(data[::-1, ::-1].T.astype(dtype)), (z, y, x), axes)
+
+
+def read_with_mask(
+    path: str | os.PathLike, mask_path: str | os.PathLike
+) -> tuple[Volume, np.ndarray]:
+    """Read a scan in HU and its mask.
+
+    Returns:
+        The scan, and int32 (D, H, W).
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_nifti``, or the two do not lie on each other.
+    """
+    scan, mask = read_nifti(path), read_nifti(mask_path, np.int32)
+    for what in ("slices.shape", "axes"):
+        own, other = (attrgetter(what)(volume) for volume in (scan, mask))
+        if own != other:
+            raise ValueError(
+                f"{path}: the scan has the {what.split('.')[-1]} {own}, its mask {other}; save the "
+                "mask with the shape and the affine of the scan."
+            )
+    return scan, mask.slices

@@ -10,10 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.uid import EnhancedCTImageStorage
 from scipy import ndimage
 
 from ich_det2.data import load_ich_voc
-from ich_det2.data.dicom import read_hu, read_series
+from ich_det2.data.dicom import read_hu, read_identity, read_series
 from ich_det2.data.splits import find_images, read_labels, read_patients
 from ich_det2.data.voc import read_voc, write_voc
 
@@ -129,6 +131,48 @@ def test_bhx_refuses_what_is_no_box(tmp_path, cq500, capsys, bad, message):
     assert message in capsys.readouterr().err
 
 
+def test_bhx_takes_both_orientations_of_a_series_and_no_multi_frame_file(
+    tmp_path, cq500, write_ct, capsys
+):
+    header = dict(PatientID="CQ500-CT-7", StudyInstanceUID="1.7", SeriesInstanceUID="1.7.1")
+    tilted = [1, 0, 0, 0, 0.8, 0.6]
+    for i in range(2):
+        write_ct(
+            cq500 / f"tilted{i}.dcm", np.zeros((64, 64)), ImagePositionPatient=[0, 0, 50 + 5 * i],
+            ImageOrientationPatient=tilted, SOPInstanceUID=f"1.7.1.{90 + i}", **header,
+        )  # fmt: skip
+    text = (tmp_path / "boxes.csv").read_text().replace("1.9.9", "1.7.1.90")
+    (tmp_path / "boxes.csv").write_text(text)
+    position, orientation, transformation = Dataset(), Dataset(), Dataset()
+    position.ImagePositionPatient = [0, 0, 1]
+    orientation.ImageOrientationPatient = tilted
+    transformation.RescaleIntercept, transformation.RescaleSlope = 0, 1
+    frame = Dataset()
+    frame.PlanePositionSequence = [position]
+    frame.PlaneOrientationSequence = [orientation]
+    frame.PixelValueTransformationSequence = [transformation]
+    header["SeriesInstanceUID"] = "1.7.9"
+    write_ct(
+        cq500 / "frames.dcm", np.zeros((64, 64)), NumberOfFrames=2, Rows=32,
+        SOPClassUID=EnhancedCTImageStorage, PerFrameFunctionalGroupsSequence=[frame, frame],
+        **header,
+    )  # fmt: skip
+    args = [str(cq500), "--output", str(tmp_path / "t"), "--boxes", str(tmp_path / "boxes.csv")]
+    assert tool("prepare_bhx").main([*args, "--reads", str(tmp_path / "reads.csv")]) == 0
+    assert "1 series are multi-frame files" in capsys.readouterr().err
+    uids = {read_identity(path)[2] for path in (tmp_path / "t/DICOM").iterdir()}
+    # Three slices with a box among them, the two tilted ones of that series, and a healthy study.
+    assert len(uids) == len(boxes(tmp_path / "t")) == 3 + 2 + 3
+
+
+def test_boxes_outside_the_image_are_counted(tmp_path, cq500, capsys):
+    text = (tmp_path / "boxes.csv").read_text().replace("'x': 50", "'x': 500")
+    (tmp_path / "boxes.csv").write_text(text)
+    args = [str(cq500), "--output", str(tmp_path / "t"), "--boxes", str(tmp_path / "boxes.csv")]
+    assert tool("prepare_bhx").main(args) == 0
+    assert "1 boxes have no pixel in their image" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
 def test_bhx_on_the_real_slice(tmp_path):
     source = REAL / "dicom/cq500_693"
@@ -203,6 +247,38 @@ def test_masks_of_volumes(tmp_path):
     assert boxes(tmp_path / "t") == {"case_000": expected, "case_001": []}
 
 
+def test_a_mask_with_a_scale_keeps_its_values_and_nan_is_air(tmp_path):
+    hu = np.zeros((2, 32, 32), np.float32)
+    hu[0, 0, 0] = np.nan
+    mask = np.zeros((2, 32, 32), np.uint8)
+    mask[1, 4:10, 4:10] = 1
+    save_nifti(tmp_path / "s/images/case.nii", hu, "RAS")
+    save_nifti(tmp_path / "s/masks/case.nii", mask, "RAS")
+    image = nib.load(tmp_path / "s/masks/case.nii")
+    image.header.set_slope_inter(0.9999, 0)
+    scaled = nib.Nifti1Image(image.get_fdata(), image.affine, image.header)
+    nib.save(scaled, tmp_path / "s/masks/case.nii")
+    args = [str(tmp_path / "s"), "--output", str(tmp_path / "t"), "--classes", "1=EDH"]
+    assert tool("prepare_masks").main(args) == 0
+    assert boxes(tmp_path / "t") == {"case_000": [], "case_001": [("EDH", (4, 4, 10, 10))]}
+    assert read_hu(tmp_path / "t/DICOM/case_000.dcm")[0, 0] == -1024
+
+
+def test_a_mask_turned_against_its_scan_is_refused(tmp_path, capsys):
+    volume = np.zeros((2, 32, 32), np.int16)
+    save_nifti(tmp_path / "s/images/case.nii", volume, "RAS")
+    save_nifti(tmp_path / "s/masks/case.nii", volume, "LPS")
+    assert tool("prepare_masks").main([str(tmp_path / "s"), "--output", str(tmp_path / "t")]) == 2
+    assert "the scan has the axes RAS, its mask LPS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", ["p_", "("])
+def test_a_pattern_without_a_group_is_refused(tmp_path, capsys, pattern):
+    with pytest.raises(SystemExit):
+        tool("prepare_masks").main([str(tmp_path), "--output", "t", "--patient", pattern])
+    assert f"'{pattern}': " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("colours", [True, False])
 def test_masks_of_pictures(tmp_path, colours):
     for folder in ("images", "masks"):
@@ -238,13 +314,15 @@ def test_rsna(tmp_path, write_ct, capsys):
     for name in ("ID_a", "ID_b"):
         write_ct(tmp_path / f"s/{name}.dcm", np.zeros((16, 16)), PatientID="ID_person")
     (tmp_path / "s/ID_c.dcm").write_bytes(b"damaged")
+    (tmp_path / "s/ID_d.dcm").write_bytes(b"without a label")
     lines = ["ID,Label"]
     for name, label in (("ID_a", 1), ("ID_b", 0), ("ID_c", 0)):
         lines += [f"{name}_epidural,{label}", f"{name}_any,{label}"]
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     args = [str(tmp_path / "s"), "--output", str(tmp_path / "t")]
     assert tool("prepare_rsna").main([*args, "--labels", str(tmp_path / "labels.csv")]) == 0
-    assert "1 of 3 images cannot be read" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "1 of 4 DICOM files have no label" in told and "1 of 3 images cannot be read" in told
     assert read_labels(tmp_path / "t") == {"ID_a": 1, "ID_b": 0}
     dicts = loads(tmp_path / "t")
     assert {i: (d["image_label"], d["annotations"]) for i, d in dicts.items()} == {
@@ -284,6 +362,25 @@ def test_from_dicom_to_png_to_labelimg_and_back(tmp_path, write_ct):
     # Without --dicom the pictures themselves; without --healthy those with an XML alone.
     assert tool("prepare_labelimg").main([str(pictures), "--output", str(tmp_path / "u")]) == 0
     assert [p.name for p in (tmp_path / "u/JPEGImages").iterdir()] == [f"{names[1]}.png"]
+
+
+def test_images_of_one_name_are_not_taken_for_one(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / "s" / folder).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(tmp_path / f"s/{folder}/1.png")
+    args = [str(tmp_path / "s"), "--output", str(tmp_path / "t"), "--healthy"]
+    assert tool("prepare_labelimg").main(args) == 2
+    assert "b/1.png: has the name of" in capsys.readouterr().err
+    images = [
+        {"id": i, "file_name": f"{folder}/1.png", "height": 16, "width": 16}
+        for i, folder in enumerate("ab")
+    ]
+    (tmp_path / "c.json").write_text(
+        json.dumps({"images": images, "annotations": [], "categories": []})
+    )
+    args = [str(tmp_path / "c.json"), str(tmp_path / "s"), "--output", str(tmp_path / "u")]
+    assert tool("coco").main(["import", *args]) == 2
+    assert "two images of the source have the id '1'" in capsys.readouterr().err
 
 
 def test_labelimg_drawn_on_another_size(tmp_path, capsys):

@@ -15,7 +15,7 @@ def encode_ct(
     """One axial slice as a CT Image Storage file.
 
     Args:
-        hu: (H, W), rounded to whole HU.
+        hu: (H, W), rounded to whole HU; NaN becomes air.
         name, series: pseudonyms of the image and of its series; the UIDs follow from them.
         height_mm: of the slice.
         spacing_mm: of rows and of columns.
@@ -40,7 +40,9 @@ def encode_ct(
     ds.Rows, ds.Columns = hu.shape
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
     ds.RescaleSlope, ds.RescaleIntercept, ds.RescaleType = 1, 0, "HU"
-    ds.PixelData = np.clip(np.rint(hu), -0x8000, 0x7FFF).astype("<i2").tobytes()
+    ds.PixelData = (
+        np.clip(np.rint(np.nan_to_num(hu, nan=-1024)), -0x8000, 0x7FFF).astype("<i2").tobytes()
+    )
     ds["PixelData"].VR = "OW"
     file = io.BytesIO()
     ds.save_as(file, enforce_file_format=True)
