@@ -12,21 +12,26 @@ from scipy import stats
 from ich_det2.evaluation.compare import COMPARED, delong_test, mcnemar_test, paired_bootstrap
 from ich_det2.evaluation.diagnosis import roc_auc_score, summarize
 
-# DeLong et al. 1988, as in the SAS/STAT User's Guide, "Comparing Receiver Operating Characteristic
-# Curves": albumin, total protein, K-G score (taken as 10 - score), benefit from surgery.
-OVARIAN = np.array(
-    """
-    3.0 5.8 10 0  3.2 6.3  5 1  3.9 6.8  3 1  2.8 4.8  6 0  3.2 5.8  3 1  0.9 4.0  5 0
-    2.5 5.7  8 0  1.6 5.6  5 1  3.8 5.7  5 1  3.7 6.7  6 1  3.2 5.4  4 1  3.8 6.6  6 1
-    4.1 6.6  5 1  3.6 5.7  5 1  4.3 7.0  4 1  3.6 6.7  4 0  2.3 4.4  6 1  4.2 7.6  4 0
-    4.0 6.6  6 0  3.5 5.8  6 1  3.8 6.8  7 1  3.0 4.7  8 0  4.5 7.4  5 1  3.7 7.4  5 1
-    3.1 6.6  6 1  4.1 8.2  6 1  4.3 7.0  5 1  4.3 6.5  4 1  3.2 5.1  5 1  2.6 4.7  6 1
-    3.3 6.8  6 0  1.7 4.0  7 0  3.7 6.1  5 1  3.3 6.3  7 1  4.2 7.7  6 1  3.5 6.2  5 1
-    2.9 5.7  9 0  2.1 4.8  7 1  2.8 6.2  8 0  4.0 7.0  7 1  3.3 5.7  6 1  3.7 6.9  5 1
-    3.6 6.6  5 1
-    """.split(),
-    dtype=float,
-).reshape(-1, 4)
+# Aneurysmal subarachnoid hemorrhage, 113 patients: WFNS grade, S100B and NDKA in 0.01 ug/l at
+# admission (Turck et al., Intensive Care Med. 36 (2010) 107; the values are those of "aSAH" in the
+# R package pROC 1.18.0).
+GOOD_OUTCOME = """
+    1,13,301 1,14,854 1,10,809 1,4,1042 5,47,600 1,18,1554 2,10,601 2,10,1786 1,4,1341 2,8,2075
+    2,4,1611 1,9,4994 1,11,947 1,7,629 2,17,1253 1,7,654 2,11,630 1,13,8030 1,19,1280 3,5,980
+    4,16,981 1,14,1821 4,34,503 1,9,802 5,50,659 5,46,963 1,16,1312 1,7,796 2,43,1434 4,45,4143
+    1,11,763 1,8,706 2,9,1259 2,8,944 1,6,766 2,13,1298 1,10,2719 2,14,2227 2,15,995 1,6,1173
+    1,5,5883 1,9,639 1,4,1721 2,9,970 1,8,1051 2,16,1060 1,9,1457 1,8,461 3,33,1730 2,11,1271
+    4,28,944 2,7,1107 1,10,1946 4,32,1083 1,7,1197 1,5,775 5,24,983 4,38,1055 2,10,2849 2,15,853
+    1,8,1257 1,14,1290 1,10,4683 3,7,1168 1,4,1267 2,19,901 2,15,2458 4,47,1033 4,17,1387
+    1,15,2243 1,50,679 1,48,1345
+"""
+POOR_OUTCOME = """
+    3,13,1740 2,10,1275 4,16,1320 5,12,1596 5,44,518 5,71,890 5,49,1160 2,7,3237 5,33,5482
+    2,9,3241 1,7,4034 2,41,985 5,35,1404 4,48,2193 4,96,742 2,25,838 5,86,1356 5,52,387
+    5,207,41919 2,7,2122 5,77,1040 2,30,1109 5,3,1222 2,9,1367 4,23,2263 5,70,1290 4,27,2157
+    4,71,823 1,8,7257 4,26,1554 4,13,519 2,10,963 2,11,2148 5,22,537 5,56,957 2,14,3406
+    2,58,1172 5,32,1426 5,82,4761 5,74,1167 5,44,1589
+"""
 
 CASES = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), max_size=30)
 
@@ -65,17 +70,26 @@ def test_slices_of_one_patient_are_no_independent_evidence():
 # ---- DeLong ------------------------------------------------------------------------------------
 
 
-def test_delong_gives_the_published_contrasts():
-    # SAS/STAT User's Guide, "Comparing Receiver Operating Characteristic Curves", against the K-G
-    # score: albumin 0.0108 (-0.1761, 0.1976), p 0.9102; protein -0.0780 (-0.2830, 0.1271), 0.4561.
-    y_true, kg = OVARIAN[:, 3], 10 - OVARIAN[:, 2]
-    for column, expected in (
-        (0, (0.0108, -0.1761, 0.1976, 0.9102)),
-        (1, (-0.0780, -0.2830, 0.1271, 0.4561)),
-    ):
-        result = delong_test(y_true, OVARIAN[:, column], kg)
-        ours = [result[key] for key in ("difference", "low", "high", "p_value")]
-        assert ours == pytest.approx(expected, abs=5.1e-5)
+@pytest.mark.parametrize(
+    ("first", "other", "expected"),
+    [
+        ("wfns", "s100b", (2.208983591441, 0.027175782229, 0.010406176956, 0.174214419249)),
+        ("wfns", "ndka", (2.797775918689, 0.005145579707, 0.063401170934, 0.360040563483)),
+        ("ndka", "s100b", (-1.390770025736, 0.164295175223, -0.287691744634, 0.048870606423)),
+    ],
+)
+def test_delong_gives_the_published_contrasts(first, other, expected):
+    # Z, p and 95 % interval that pROC's own tests expect: github.com/xrobin/pROC, commit 0bc764d,
+    # tests/testthat/test-roc.test.R, "roc.test statistic and p are as expected with defaults".
+    good, poor = (
+        np.array([row.split(",") for row in text.split()], dtype=float)
+        for text in (GOOD_OUTCOME, POOR_OUTCOME)
+    )
+    y_true = np.repeat([0, 1], [len(good), len(poor)])
+    markers = dict(zip(("wfns", "s100b", "ndka"), np.concatenate([good, poor]).T))
+    result = delong_test(y_true, markers[first], markers[other])
+    ours = [result[key] for key in ("z", "p_value", "low", "high")]
+    assert ours == pytest.approx(expected, rel=0, abs=1e-11)
 
 
 def test_delong_p_values_are_uniform_where_models_are_equal():
