@@ -114,5 +114,16 @@ def find_operating_point(cfg: CfgNode, weights: Path) -> OperatingPoint | None:
         )
         return None
     if point.rule != "fixed":
+        logger.info(
+            "%s: %g, chosen by the rule %s on %s; OPERATING_THRESHOLD %g is not used.",
+            *(path, point.threshold, point.rule, point.dataset),
+            cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
+        )
         cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD = point.threshold
+        if point.patient_rule != cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]:
+            logger.warning(
+                "%s was chosen with the patient rule %s, PATIENT_RULES begins with %s: patients are"
+                " called by the latter.",
+                *(path, point.patient_rule, cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]),
+            )
     return point

@@ -60,6 +60,14 @@ def test_a_fixed_threshold_follows_the_config(run):
     assert later.TEST.DIAGNOSIS.OPERATING_THRESHOLD == 0.85
 
 
+def test_another_patient_rule_than_it_was_chosen_with_is_said(run, caplog):
+    cfg, weights = run(RULE, "youden")
+    choose_operating_point(cfg, weights)
+    later, _ = run(RULE, "youden", "TEST.DIAGNOSIS.PATIENT_RULES", "['noisy_or']")
+    find_operating_point(later, weights)
+    assert "chosen with the patient rule any, PATIENT_RULES begins with noisy_or" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
