@@ -5,10 +5,10 @@
 
 In DIR: slices.csv and patients.csv with scores and verdicts, diagnosis.json with the boxes and the
 files that were skipped and why, and overlays/<patient>/<series>-<slice>.png of the positive slices
-and of each patient's highest scored one. A classifier gives scores without boxes. A patient with a slice that could not be read has
-n_slices_failed above 0: a bleed on it would be missed. Patients are numbered, not named. PNG and
-JPEG are one patient each, unless they are in JPEGImages/ beside a patients.csv. @FILE takes inputs
-from a file, one a line. For research only, not for clinical use.
+and of each patient's highest scored one. A classifier gives scores without boxes. A patient with a
+slice that could not be read has n_slices_failed above 0: a bleed on it would be missed. Patients
+are numbered, not named. PNG and JPEG are one patient each, unless they are in JPEGImages/ beside a
+patients.csv. @FILE takes inputs from a file, one a line. For research only, not for clinical use.
 """
 
 import argparse

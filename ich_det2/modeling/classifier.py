@@ -1,7 +1,7 @@
 """Classification of whole slices, as a Detectron2 meta-architecture.
 
-Shape glossary, in pixels: N slices of a batch, T neighbouring slices in order, Hi and Wi the size of
-slice i, S the side of the network's input.
+Shape glossary: N slices of a batch, T neighbouring slices in order; in pixels, Hi and Wi the size
+of slice i, S the side of the network's input.
 """
 
 from collections.abc import Sequence
