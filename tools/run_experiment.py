@@ -66,7 +66,9 @@ def main() -> None:
     if not given:
         print(f"{__doc__}\nexperiment: {', '.join(known)}")
         for group in ("data", "hardware"):
-            print(f"{group}: {', '.join(sorted(p.stem for p in EXPERIMENTS.glob(f'{group}/*')))}")
+            print(
+                f"{group}: {', '.join(sorted(p.stem for p in EXPERIMENTS.glob(f'{group}/*.yaml')))}"
+            )
         sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     name = given[-1].removeprefix("experiment=")
     if name not in known:

@@ -74,7 +74,7 @@ def report(cfg: DictConfig, cells: Sequence[Cell]) -> str:
         cells: all of the experiment.
 
     Returns:
-        The table as Markdown.
+        The table as Markdown, and which cells are missing.
 
     Raises:
         FileNotFoundError, ValueError: if a cell was trained with other settings, or its results
@@ -90,7 +90,10 @@ def report(cfg: DictConfig, cells: Sequence[Cell]) -> str:
     # What has a cell's own values in it cannot be resolved for all.
     settings = {k: v for k, v in _settings(cfg).items() if k not in ("config", "opts", "opts_by")}
     settings = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
-    return REPORTS[cfg.report](settings, folder, done)
+    text = REPORTS[cfg.report](settings, folder, done)
+    if missing := [cell.folder.name for cell in cells if not cell.finished]:
+        text += f"\n{len(missing)} of {len(cells)} cells are not finished: {', '.join(missing)}.\n"
+    return text
 
 
 def _settings(cfg: DictConfig) -> dict:

@@ -210,7 +210,9 @@ def test_figures_4_and_5_are_those_of_the_finished_cells(run, full_tree, tmp_pat
     assert np.asarray(Image.open(out / "own/figure5/figure5.png")).std() > 0
 
 
-def test_hydra_carries_each_cell_and_reports_at_the_end(run, full_tree, tmp_path, monkeypatch):
+def test_hydra_carries_each_cell_and_reports_at_the_end(
+    run, full_tree, tmp_path, monkeypatch, capsys
+):
     root, out = full_tree(), tmp_path / "out"
     argv = ["experiment=figure3", "data=own", f"data.root={root}", f"output={out}"]
     argv += ["grid.alpha=[1,5]", "seeds=[0]"]
@@ -235,6 +237,7 @@ def test_hydra_carries_each_cell_and_reports_at_the_end(run, full_tree, tmp_path
     assert run("--multirun", *argv) == 1
     assert ran == ["alpha-1_seed-0", "alpha-5_seed-0"]
     assert [row["alpha"] for row in rows_of(out / "own/figure3/table.csv")] == ["1"]
+    assert "1 of 2 cells are not finished: alpha-5_seed-0." in capsys.readouterr().out
     assert run("--multirun", *argv, "cell=1") == 1
     assert ran[2:] == ["alpha-5_seed-0"]
 
@@ -290,9 +293,10 @@ def test_the_grids_are_the_papers(tool, full_tree, tmp_path):
         assert settings["MODEL.WEIGHTS"].endswith("R-50.pkl")
         (cell,) = cells_of(
             *("figure2", "grid.network=[r50]", "grid.augmentation=[plain]"),
-            "grid.anchors=[clustered]",
+            *("grid.anchors=[clustered]", "++opts.SOLVER.MAX_ITER=7"),
         )
         settings = cell.settings()
+        assert settings["SOLVER.MAX_ITER"] == 7 and settings["INPUT.MIN_SIZE_TEST"] == 160
         assert settings["INPUT.AUG.EXPAND"] == 1 and settings["MODEL.WEIGHTS"] == ""
         assert settings["MODEL.ANCHOR_GENERATOR.NAME"] == "ClusteredAnchorGenerator"
         assert settings["DATASETS.ICH_ROOT"] == "datasets/phantom"
