@@ -13,6 +13,7 @@ import base64
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -22,42 +23,49 @@ from rich.console import Console
 from rich.progress import track
 
 from ich_det2.anchors.clustering import anchor_recall, cluster_anchors
+from ich_det2.data.context import read_places
 from ich_det2.data.dicom import read_series
 from ich_det2.data.inspection import (
     box_sizes,
     counts,
     inspect_image,
+    note_turned,
     read_grey,
 )
 from ich_det2.data.splits import find_images, read_labels, read_patients
 from ich_det2.data.voc import read_voc
 from ich_det2.files import write_atomically
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{{ name }}</title><style>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>{{ name }}</title><style>
 body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:78em;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;text-align:right;
 border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
-.sheet{display:flex;flex-wrap:wrap;gap:8px}figure{margin:0;font-size:12px;color:#555}
-figure img{display:block}.odd figure{width:250px}.odd b{color:#a00;font-weight:600}</style>
+.scroll{overflow-x:auto}th,td{white-space:nowrap}
+.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(100px,1fr));gap:8px}
+.odd{grid-template-columns:repeat(auto-fill,minmax(min(240px,46%),1fr))}
+figure{margin:0;font-size:12px;color:#555;overflow-wrap:anywhere}
+figure img{display:block;width:100%;height:auto}.odd b{color:#a00;font-weight:600}</style>
 <h1>{{ name }}</h1>
 <h2>Images</h2>{{ table(counts) }}
 <p>{{ per_patient.patients }} patients with {{ per_patient.min }} to {{ per_patient.max }} images
-each, {{ per_patient.median }} in the middle.</p>
+each, {{ per_patient.median }} in the median.</p>
 <h2>Boxes</h2>{{ table(boxes) }}
 {% if anchors %}<p>Nine anchors clustered from all boxes, at a shorter side of {{ short_edge }}
 pixels: sizes {{ anchors.sizes }}, height / width {{ anchors.ratios }}. Best possible recall
 {{ anchors["recall 0.5"] }} at IoU 0.5, {{ anchors["recall 0.7"] }} at 0.7.</p>{% endif %}
 <h2>To look at: {{ odd | length }}</h2>{{ table(kinds) }}
-<div class="sheet odd">{% for item in odd %}<figure><img width="250" src="{{ item.picture }}">
+<div class="sheet odd">{% for item in odd %}<figure><img alt="" src="{{ item.picture }}">
 {{ item.image }}<br>{% for text in item.findings %}<b>{{ text }}</b><br>{% endfor %}</figure>
 {% endfor %}</div>
 {% for split, pictures in sheets.items() %}<h2>{{ split }}</h2><div class="sheet">
-{% for image, picture in pictures %}<figure><img width="110" src="{{ picture }}">{{ image }}
-</figure>{% endfor %}</div>{% endfor %}"""
+{% for image, picture in pictures %}<figure><img alt="" loading="lazy" src="{{ picture }}">
+{{ image }}</figure>{% endfor %}</div>{% endfor %}"""
 
-TABLE = """<table><tr>{% for key in rows[0] %}<th>{{ key }}</th>{% endfor %}</tr>
+TABLE = """<div class="scroll"><table>
+<tr>{% for key in rows[0] %}<th>{{ key }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for v in row.values() %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}
-</table>"""
+</table></div>"""
 
 
 def main(argv=None) -> int:
@@ -105,9 +113,11 @@ def inspect(args) -> None:
         if image in shown:
             pictures[image] = draw(grey, objects, 110)
         images.append(found)
-    series = series_notes(root / "DICOM")
-    for found in images:
-        found.findings += series.get(files[found.image], [])
+    by_id = {found.image: found for found in images}
+    for ids, notes in read_all_series(root, files):
+        series = [by_id[i] for i in ids]
+        series[0].findings += [f"series: {note}" for note in notes]
+        note_turned(series)
     odd = [i for i in images if i.findings]
 
     wh = box_sizes(images, args.short_edge)
@@ -149,16 +159,28 @@ def inspect(args) -> None:
     print(f"{len(images)} images, {len(odd)} to look at: {output / 'index.html'}")
 
 
-def series_notes(folder: Path) -> dict[Path, list[str]]:
-    """What the headers of DICOM series say of their first slice: gaps, orientation, pixels."""
-    if not folder.is_dir():
-        return {}
-    return {s.files[0]: [f"series: {note}" for note in s.notes] for s in read_series(folder)[0]}
+def read_all_series(root: Path, files: dict[str, Path]) -> list[tuple[list[str], Sequence[str]]]:
+    """The image ids of each series, by headers or patients.csv, and what is odd in its headers:
+    gaps, orientation, pixels."""
+    series, places = [], read_places(root)
+    if (root / "DICOM").is_dir():
+        ids = {path: image for image, path in files.items()}
+        for s in read_series(root / "DICOM")[0]:
+            series.append(([ids[path] for path in s.files if path in ids], s.notes))
+    known = {image for ids, _ in series for image in ids}
+    listed: dict[str, list[str]] = {}
+    for image in files.keys() & places.keys() - known:
+        listed.setdefault(places[image][0], []).append(image)
+    return [(ids, notes) for ids, notes in series if ids] + [
+        (sorted(i), ()) for i in listed.values()
+    ]
 
 
 def read_splits(root: Path) -> dict[str, list[str]]:
-    """Image ids of each list in ImageSets/Main."""
-    paths = sorted((root / "ImageSets" / "Main").glob("*.txt"))
+    """Image ids of each list in ImageSets/Main; train, val and test first."""
+    paths = (root / "ImageSets" / "Main").glob("*.txt")
+    order = ("train", "val", "test")
+    paths = sorted(paths, key=lambda p: (order.index(p.stem) if p.stem in order else 3, p.stem))
     return {path.stem: path.read_text().split() for path in paths if "fold" not in path.stem}
 
 
@@ -206,11 +228,12 @@ def per_patient(files, patients) -> dict:
     numbers = np.unique([patients[i][0] for i in files if i in patients], return_counts=True)[1]
     if not len(numbers):
         return {"patients": "unknown", "min": "?", "max": "?", "median": "?"}
+    median = float(np.median(numbers))
     return {
         "patients": len(numbers),
         "min": int(numbers.min()),
         "max": int(numbers.max()),
-        "median": float(np.median(numbers)),
+        "median": int(median) if median.is_integer() else median,
     }
 
 

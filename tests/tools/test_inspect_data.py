@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from ich_det2.data.inspection import inspect_image, note_turned, read_grey
 from ich_det2.data.voc import write_voc
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,39 @@ def test_all_that_is_planted_is_found_and_nothing_else(tool, tree, tmp_path):
         assert name in page and sentence.replace("'", "&#39;") in page
 
 
+@pytest.mark.parametrize("listed", ["patient", "header"])
+def test_a_series_upside_down_is_named_once(tool, tmp_path, write_ct, listed):
+    root = tmp_path / "t"
+    image = Image.new("L", (100, 100))
+    ImageDraw.Draw(image).ellipse((20, 10, 80, 90), fill=90)
+    ImageDraw.Draw(image).rectangle((20, 10, 80, 30), fill=0)  # the narrow end is cut off
+    head = np.asarray(image)
+    for folder in ("DICOM", "JPEGImages", "Annotations"):
+        (root / folder).mkdir(parents=True)
+    for patient in ("upright", "turned"):
+        for i in range(4):
+            name = f"{patient}{i}"
+            grey = head[::-1] if patient == "upright" else head
+            write_voc(
+                root / f"Annotations/{name}.xml", filename=f"{name}.x", width=100, height=100,
+                objects=[],
+            )  # fmt: skip
+            if listed == "patient":
+                Image.fromarray(grey).save(root / f"JPEGImages/{name}.png")
+            else:
+                write_ct(
+                    root / f"DICOM/{name}.dcm", grey - 30.0, SeriesInstanceUID=f"1.{len(patient)}",
+                    ImagePositionPatient=[0, 0, i], ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+                )  # fmt: skip
+    if listed == "patient":
+        rows = [f"{patient}{i},{patient}\n" for patient in ("upright", "turned") for i in range(4)]
+        (root / "patients.csv").write_text("".join(["image,patient\n", *rows]))
+    assert tool.main([str(root), "--output", str(tmp_path / "o")]) == 0
+    (entry,) = json.loads((tmp_path / "o/inspection.json").read_text())["suspicious"]
+    assert entry["image"] == "turned0"
+    assert entry["findings"][0].startswith("upside down, its whole series of 4: the head is wider")
+
+
 def test_names_in_a_tree_cannot_write_html(tool, tree, tmp_path):
     xml = tree / "Annotations/bleed.xml"
     box = [("<script>alert(1)</script>", (80, 80, 110, 120))]
@@ -122,9 +156,23 @@ def test_errors_of_the_user(tool, tree, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
-def test_real_slices_are_upright_heads():
-    from ich_det2.data.inspection import inspect_image, read_grey
+def test_real_series_are_upright():
+    series = {}
+    for path in sorted((REAL / "JPEGImages").iterdir()):
+        series.setdefault(path.stem[:3], []).append(read_grey(path))
+    rates = []
+    for step in (1, -1):
+        named = 0
+        for greys in series.values():
+            images = [inspect_image("", grey[::step], [], None) for grey in greys]
+            note_turned(images)
+            named += any("its whole series" in text for i in images for text in i.findings)
+        rates.append(named / len(series))
+    assert len(series) == 45 and rates[0] == 0 and rates[1] > 0.6
 
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
+def test_real_slices_are_upright_heads():
     paths = sorted((REAL / "JPEGImages").iterdir())[::10]
     found = [inspect_image(p.stem, read_grey(p), [], None) for p in paths]
     assert not any(f.findings for f in found)
