@@ -101,7 +101,8 @@ def test_a_series_upside_down_is_named_once(tool, tmp_path, write_ct, listed):
     for patient in ("upright", "turned"):
         for i in range(4):
             name = f"{patient}{i}"
-            grey = head[::-1] if patient == "upright" else head
+            grey = (head[::-1] if patient == "upright" else head).copy()
+            grey[2:4, 10:90] = 90 if name == "upright2" else 0  # a bar above one head is no couch
             write_voc(
                 root / f"Annotations/{name}.xml", filename=f"{name}.x", width=100, height=100,
                 objects=[],
