@@ -47,6 +47,7 @@ STEPS = {
 def work(folder, opts):
     torch.set_num_threads(1)
     seen = {"sampler": sampler_by_hand(), "steps": train_on_steps(opts), "tool": run_tool(opts)}
+    seen["stopped"] = stop_early([*opts, "OUTPUT_DIR", str(Path(folder) / "early")])
     torch.save(seen, Path(folder) / f"rank{comm.get_rank()}.pth")
 
 
@@ -136,6 +137,29 @@ def run_tool(opts):
     return {"ratios": RecordingTrainer.ratios, "parameters": RecordingTrainer.parameters}
 
 
+class ValidatedTrainer(IchTrainer):
+    """Its validations are given: rank 0 alone has results, as in Detectron2."""
+
+    values = iter([0.6, 0.8, 0.7, 0.75, 0.9, 0.9, 0.9])
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        if not comm.is_main_process():
+            return {}
+        return {"diagnosis": {"image_auc": next(cls.values)}}
+
+
+def stop_early(opts):
+    """The iterations that each rank began, at one validation an iteration."""
+    opts += ["TEST.EVAL_PERIOD", "1", "TEST.DIAGNOSIS.PATIENCE", "2", "SOLVER.MAX_ITER", "7"]
+    cfg = load_config(CONFIG, opts)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+    trainer = ValidatedTrainer(cfg)
+    trainer.train()
+    comm.synchronize()  # both came here: neither waits for the other
+    return trainer.iter + 1
+
+
 if __name__ == "__main__":
     timeout = timedelta(seconds=60)  # a rank that waits in vain
     launch(work, 2, dist_url="auto", args=(sys.argv[1], sys.argv[2:]), timeout=timeout)
@@ -209,3 +233,8 @@ def test_ranks_end_with_the_same_weights(ranks, run):
 def test_the_tool_keeps_one_ratio_after_every_step(ranks):
     one, other = (rank["tool"]["ratios"] for rank in ranks)
     assert one == other and len(one) == 6 and len(set(one)) >= 3
+
+
+def test_ranks_stop_early_at_the_same_iteration(ranks):
+    # The second validation is the best; the two after it are no better, so four are done of seven.
+    assert [rank["stopped"] for rank in ranks] == [4, 4]

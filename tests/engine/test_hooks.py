@@ -51,10 +51,13 @@ def test_after_the_last_iteration_the_record_is_of_that_iteration(tmp_path):
 
 def test_the_record_survives_resume(tmp_path):
     run(tmp_path, [0.9])
+    weights = (tmp_path / "model_best.pth").read_bytes()
     assert run(tmp_path, [0.8], start_iter=10).best_metric == 0.9
+    assert (tmp_path / "model_best.pth").read_bytes() == weights
     assert record(tmp_path)["iteration"] == 9
     run(tmp_path, [0.95], start_iter=20)
     assert record(tmp_path)["value"] == 0.95
+    assert (tmp_path / "model_best.pth").read_bytes() != weights
 
 
 def test_a_new_run_in_the_same_folder_does_not_believe_the_old_record(tmp_path):

@@ -83,3 +83,73 @@ def test_errors_are_one_sentence_and_exit_code_2(tool, stored, capsys, options, 
     error = capsys.readouterr().err
     assert message in error and error.startswith("evaluate.py: error: ")
     assert len(error.splitlines()) == 1
+
+
+def rewrite(folder, change):
+    path = folder / "image_scores.csv"
+    head, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([head, *change([row.split(",") for row in rows])]) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [",".join([*r[:4], "nan"]) for r in rows], "score of image 'i00' is NaN"),
+        (lambda rows: [",".join(["i00", *r[1:]]) for r in rows], "'i00' is there 24 times"),
+        (lambda rows: [], "hold no image"),
+        (lambda rows: [",".join([*r[:3], "2", r[4]]) for r in rows], "label is 2, expected 0 or 1"),
+    ],
+)
+def test_unusable_scores_are_named_with_their_file(tool, stored, capsys, change, message):
+    folder = stored("test")
+    rewrite(folder, change)
+    assert tool.main([str(folder), "--threshold", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "image_scores.csv" in error and len(error.splitlines()) == 1
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "undefined"),
+    [
+        (lambda rows: [",".join([*r[:3], "0", r[4]]) for r in rows], ("auc", "recall")),
+        (lambda rows: [",".join([*r[:3], "1", r[4]]) for r in rows], ("auc", "specificity")),
+        (lambda rows: [",".join([*r[:4], "0"]) for r in rows], ("precision",)),
+        (lambda rows: [",".join([*r[:2], "p", *r[3:]]) for r in rows], ()),
+    ],
+)
+def test_what_is_undefined_is_null(tool, stored, change, undefined):
+    folder = stored("test")
+    rewrite(folder, change)
+    assert tool.main([str(folder), "--threshold", "0.5", "--resamples", "20"]) == 0
+    text = (folder / "report.json").read_text()
+    assert "NaN" not in text
+    image = json.loads(text)["models"][0]["analysis"]["levels"]["image"]
+    names = ("auc", "recall", "specificity", "precision")
+    assert tuple(name for name in names if image[name] is None) == undefined
+
+
+def test_results_of_another_toolkit_need_only_coco_files(tool, tmp_path):
+    truth = {
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "patient_id": f"p{i // 2}"} for i in range(8)
+        ],
+        "categories": [{"id": 1, "name": "hemorrhage"}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "bbox": [5, 5, 10, 10]} for i in (0, 1, 4)
+        ],
+    }
+    found = [{"image_id": i, "category_id": 1, "score": 0.9 - 0.1 * i, "bbox": [5, 5, 10, 10]}
+             for i in range(6)]  # fmt: skip
+    for name, content in (("truth", truth), ("results", found), ("empty", [])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    args = ["--truth", str(tmp_path / "truth.json"), "--threshold", "0.65", "--resamples", "20"]
+    for name, tp in (("results", 2), ("empty", 0)):
+        output = tmp_path / name
+        assert tool.main([str(tmp_path / f"{name}.json"), *args, "--output", str(output)]) == 0
+        analysis = json.loads((output / "report.json").read_text())["models"][0]["analysis"]
+        image = analysis["levels"]["image"]
+        # Bleeding images score 0.9, 0.8 and 0.5; image 2, without a bleed, scores 0.7.
+        assert (image["n"], image["tp"], image["fn"], image["fp"]) == (8, tp, 3 - tp, tp // 2)
+        assert analysis["n_patients"] == 4 and analysis["lesions"]["n_lesions"] == 3
+        assert (image["precision"] is None) == (name == "empty")
