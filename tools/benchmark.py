@@ -2,26 +2,33 @@
 """Measures this project against what it stands on, both in one run.
 
     python tools/benchmark.py train-step --size 320 --batch 4 --steps 30
+    python tools/benchmark.py configs --size 512
     python tools/benchmark.py diagnosis --images 1000000 --thresholds 99
     python tools/benchmark.py read-slices path/to/series --rounds 20
     python tools/benchmark.py loader --data path/to/voc_tree --workers 0 1 2
 
-train-step: against stock Detectron2. diagnosis: at many thresholds against a loop over
-scikit-learn's metrics, with the same numbers as result. read-slices: a windowed slice against
-pydicom's pixel_array, apply_rescale and a float64 window, once where the C library gives the memory
-of each array back, as in a process that has just begun, and once where it keeps it, as it comes to
-do in long ones. loader: slices per second of the training loader. What is compared is timed in
-turn, so that a machine whose speed wanders slows both; quote the ratio, not the seconds.
+train-step: against stock Detectron2. configs: seconds and peak memory of a training step of each
+config, in a process of its own, from random weights with nothing frozen. diagnosis: at many
+thresholds against a loop over scikit-learn's metrics, with the same numbers as result. read-slices:
+a windowed slice against pydicom's pixel_array, apply_rescale and a float64 window, once where the C
+library gives the memory of each array back, as in a process that has just begun, and once where it
+keeps it, as it comes to do in long ones. loader: slices per second of the training loader. What is
+compared is timed in turn, so that a machine whose speed wanders slows both; quote the ratio, not
+the seconds.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +41,17 @@ from pydicom.pixels import apply_rescale
 from sklearn import metrics as sk
 from tabulate import tabulate
 
+from ich_det2.anchors import Anchors
 from ich_det2.data import register_ich_datasets
 from ich_det2.data.cache import SliceCache
 from ich_det2.data.dicom import apply_window, read_hu, read_series, read_windowed
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.setup import context_settings, load_config
+from ich_det2.engine.setup import (
+    anchor_settings,
+    context_settings,
+    load_config,
+    thaw_without_weights,
+)
 from ich_det2.evaluation.diagnosis import (
     confusion_at_thresholds,
     diagnosis_metrics,
@@ -71,6 +84,16 @@ def parse_args(argv=None):
     step.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     step.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs of the config")
     step.set_defaults(run=train_step)
+    each = commands.add_parser("configs", help="time and memory of a training step of each config")
+    each.add_argument(
+        "configs", nargs="*", type=Path, metavar="FILE", help="default: configs/*frcnn_*.yaml"
+    )
+    each.add_argument("--size", type=int, default=512, help="square input, pixels")
+    each.add_argument("--batch", type=int, default=1, help="images per step")
+    each.add_argument("--steps", type=int, default=5, help="timed steps of each")
+    each.add_argument("--warmup", type=int, default=1, help="steps before, not timed")
+    each.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    each.set_defaults(run=configs)
     curves = commands.add_parser("diagnosis", help="metrics at many thresholds, and the bootstrap")
     curves.add_argument("--images", type=int, default=1_000_000)
     curves.add_argument("--patients", type=int, default=50_000)
@@ -179,6 +202,55 @@ def train_step(args) -> None:
     )
     headers = ["", "median s", "min s", "ratio, median of pairs", "ratio of minima"]
     print(tabulate(rows, headers, floatfmt=".4f", tablefmt="github"))
+
+
+def configs(args) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    files = args.configs or sorted(Path("configs").glob("*frcnn_*.yaml"))
+    if not files:
+        raise ValueError("there is no configs/*frcnn_*.yaml here; name config files.")
+    rows = []
+    # Spawned anew for each, since the peak is the process's own, and never falls.
+    spawn = multiprocessing.get_context("spawn")
+    for file in files:
+        options = file, args.size, args.batch, args.steps, args.warmup, torch.get_num_threads()
+        with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            try:
+                rows.append([file.name, *process.submit(measure_config, *options).result()])
+            except BrokenProcessPool as error:
+                raise ValueError(f"{file}: its process was killed; out of memory?") from error
+    print(
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__};"
+        f" {args.batch} x {args.size} px, {args.steps} steps, random weights, nothing frozen"
+    )
+    headers = ["config", "parameters, millions", "median s", "min s", "peak memory, GiB"]
+    print(tabulate(rows, headers, floatfmt=("", ".1f", ".2f", ".2f", ".2f"), tablefmt="github"))
+
+
+def measure_config(file: Path, size: int, batch: int, steps: int, warmup: int, threads: int):
+    """Parameters in millions, median and least seconds of a step, this process's peak in GiB."""
+    torch.set_num_threads(threads)
+    cfg = load_config(file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    thaw_without_weights(cfg)
+    # As many anchors, on as many levels, as clustering would give.
+    sizes = np.geomspace(16, 256, cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_SIZES)
+    cfg.MODEL.ANCHOR_GENERATOR.update(anchor_settings(cfg, Anchors(tuple(sizes), tuple(RATIOS[0]))))
+    with EventStorage():
+        step = TrainStep(cfg, synthetic_batch(size, batch))
+        (seconds,) = interleave({"": step}, steps, warmup, "cpu").values()
+    parameters = sum(p.numel() for p in step.model.parameters()) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    peak /= 2**30 if sys.platform == "darwin" else 2**20
+    return parameters, statistics.median(seconds), min(seconds), peak
+
+
+def cpu_name() -> str:
+    """The processor's model where Linux tells it, otherwise its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 SKLEARN = {

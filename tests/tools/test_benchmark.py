@@ -1,6 +1,8 @@
 """The benchmark compares like with like."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,32 @@ def test_a_train_step_is_measured_against_stock(tool, capsys, monkeypatch):
     stock = next(line for line in lines if line.startswith("| stock Detectron2"))
     assert stock.count("1.0000") == 2
     assert len(lines) == 4  # with the header
+
+
+def test_each_config_is_measured_in_a_process_of_its_own(tmp_path):
+    # The script itself, since the processes it spawns import it again.
+    files = [tmp_path / "csfrcnn_fpn.yaml", tmp_path / "frcnn_fpn.yaml"]
+    for file, base in zip(files, ("csfrcnn_r50_fpn", "frcnn_effnet_lite0")):
+        file.write_text(f"_BASE_: {ROOT}/configs/{base}.yaml\n")
+    options = ["--size", "64", "--steps", "1", "--warmup", "0", "--threads", "1"]
+    command = [sys.executable, "-W", "ignore", ROOT / "tools/benchmark.py", "configs"]
+    done = subprocess.run([*command, *files, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "1 threads" in lines[0] and "1 x 64 px" in lines[0]
+    fpn, lite0 = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:])
+    assert (fpn[0], lite0[0]) == ("csfrcnn_fpn.yaml", "frcnn_fpn.yaml")
+    # ResNet50 has 23.5 million, FPN 3.3, the box head 13.9, the RPN 0.6.
+    assert float(fpn[1]) == pytest.approx(41.3, abs=0.2)
+    # Parameters, gradients and momentum, and no memory of the bigger network before.
+    assert float(fpn[4]) > float(lite0[4]) + 3 * 36e6 * 4 / 2**30
+    assert 0 < float(lite0[3]) <= float(lite0[2])
+
+
+def test_no_config_to_measure_is_one_sentence(tool, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert tool.main(["configs"]) == 2
+    assert "name config files" in capsys.readouterr().err
 
 
 def test_calls_alternate_and_warmup_is_not_counted(tool):

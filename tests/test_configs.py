@@ -1,0 +1,106 @@
+"""Every detector that ships trains, is saved, goes on and is evaluated."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ich_det2.engine import IchTrainer
+from ich_det2.engine.setup import check_config, load_config
+from ich_det2.evaluation import plots
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*frcnn_*.yaml"))
+NETWORKS = ("effnet_lite0", "inception_v3", "r50", "r50_fpn", "vgg16")
+# Small where size is all that matters; anchors are clustered, and the loop is the real one.
+SMALL = (
+    *("MODEL.WEIGHTS", "", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "4", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "8"),
+    *("SOLVER.IMS_PER_BATCH", "1", "SOLVER.STEPS", "(3,)", "TEST.EVAL_PERIOD", "4"),
+    *("TEST.DIAGNOSIS.RESAMPLES", "10", "DATALOADER.NUM_WORKERS", "0"),
+)
+
+
+@pytest.fixture
+def root(voc_tree):
+    """Slices with boxes of five sizes and three ratios, so that anchors can be clustered."""
+    corners = [(18, 16), (20, 30), (34, 20), (40, 44), (60, 40)]
+    images = {f"t{i}": [("IPH", (9, 9, *xy))] for i, xy in enumerate(corners)}
+    voc_tree({**images, "healthy": []})
+    voc_tree({"v": [("IPH", (9, 9, 30, 30))], "w": []}, split="val")
+    return voc_tree({"x": [("IPH", (9, 9, 30, 30))], "y": []}, split="test")
+
+
+def test_each_network_has_its_config_and_its_plain_twin():
+    assert [p.stem for p in CONFIGS] == sorted(
+        f"{p}frcnn_{n}" for p in ("cs", "") for n in NETWORKS
+    )
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_plain_twin_differs_by_cost_sensitivity_alone(network):
+    ours, plain = (load_config(ROOT / f"configs/{p}frcnn_{network}.yaml") for p in ("cs", ""))
+    assert ours.MODEL.RPN.COST.ALPHA > 1
+    assert plain.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"
+    ours.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
+    ours.MODEL.RPN.HEAD_NAME = "StandardRPNHead"
+    ours.MODEL.ROI_HEADS.NAME = ours.MODEL.ROI_HEADS.NAME.replace("CostSensitive", "Standard")
+    for cfg in (ours, plain):  # which the plain parts do not read
+        cfg.MODEL.RPN.COST = cfg.MODEL.RPN.SAMPLER = cfg.MODEL.ROI_HEADS.COST = None
+        cfg.OUTPUT_DIR = ""
+    assert ours.dump() == plain.dump()
+
+
+@pytest.mark.parametrize("network", NETWORKS[1:])
+def test_the_papers_settings_are_shared(network):
+    ours, papers = (load_config(ROOT / f"configs/csfrcnn_{n}.yaml") for n in (network, "r50"))
+    assert ours.SOLVER == papers.SOLVER and ours.INPUT == papers.INPUT
+    assert ours.MODEL.RPN.COST == papers.MODEL.RPN.COST
+    assert ours.MODEL.RPN.SAMPLER == papers.MODEL.RPN.SAMPLER
+    assert ours.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 128
+
+
+def train(config, root, out, max_iter, resume=False):
+    data = ("DATASETS.ICH_ROOT", str(root), "OUTPUT_DIR", str(out))
+    cfg = load_config(config, [*data, *SMALL, "SOLVER.MAX_ITER", max_iter])
+    check_config(cfg, eval_only=False, resume=False)
+    torch.manual_seed(0)
+    trainer = IchTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer, torch.load(out / "model_final.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_it_trains_is_saved_goes_on_and_is_evaluated(config, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "_save", lambda figure, target: None)  # drawn in other tests
+    # The running statistics of random weights' norms would take some 20 iterations.
+    at_once = property(lambda norm: 1.0, lambda norm, value: None)
+    monkeypatch.setattr(nn.BatchNorm2d, "momentum", at_once, raising=False)
+    out = tmp_path / "out"
+    _, first = train(config, root, out, 2)
+    assert first["iteration"] == 1
+    trainer, last = train(config, root, out, 4, resume=True)
+    assert (trainer.start_iter, last["iteration"]) == (2, 3)
+    moved = [k for k, v in last["model"].items() if not torch.equal(v, first["model"][k])]
+    for part in ("backbone.", "proposal_generator.rpn_head.", "roi_heads."):
+        assert any(key.startswith(part) for key in moved), part
+    lines = map(json.loads, (out / "metrics.json").read_text().splitlines())
+    assert all(0 < line["total_loss"] < 1e3 for line in lines if "total_loss" in line)
+
+    assert {"bbox", "diagnosis"} <= set(trainer.test_best())
+    with open(out / "inference/ich_test/image_scores.csv", newline="") as file:
+        rows = {row["image_id"]: row for row in csv.DictReader(file)}
+    assert {i: row["label"] for i, row in rows.items()} == {"x": "1", "y": "0"}
+    boxes = json.loads((out / "inference/ich_test/coco_instances_results.json").read_text())
+    assert {box["image_id"] for box in boxes} == {"x", "y"}
+    assert all(0 <= box["score"] <= 1 for box in boxes)
+    anchors = trainer.cfg.MODEL.ANCHOR_GENERATOR
+    assert len(anchors.SIZES) == (5 if "fpn" in config.stem else 1)
+    assert all(anchors.SIZES) and len(anchors.ASPECT_RATIOS[0]) == 3
+    shutil.rmtree(out)  # some hundred megabytes
