@@ -1,10 +1,16 @@
 """Neighbouring slices as channels, in a VOC tree of DICOM or of pictures."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from detectron2.data import transforms as T
 from PIL import Image
 
 from ich_det2.data import IchDatasetMapper, load_ich_voc
+from ich_det2.data.augmentation import RandomShiftScale
+from ich_det2.data.context import find_context
 
 NAMES = ["c", "a", "d", "b"]  # from the feet to the head
 GREY = {"c": 10, "a": 20, "d": 30, "b": 40}
@@ -78,3 +84,55 @@ def test_a_dataset_without_context_is_an_error(tree):
 def test_three_windows_leave_no_channel_for_context():
     with pytest.raises(ValueError, match="INPUT.CONTEXT_SLICES is 1 with 3 windows"):
         IchDatasetMapper(False, augmentations=[], windows=[[50, 100]] * 3, context_slices=1)
+
+
+def test_sequences_hold_the_neighbours_in_order(tree):
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[50, 100]], sequence_slices=2)
+    dicts = load_ich_voc(tree("png"), "train", context=2)
+    sequences = {d["image_id"]: mapper(d)["sequence"] for d in dicts}
+    assert sequences["a"].shape == (5, 3, 48, 64)
+    # At the ends the last slice stands in.
+    assert sequences["c"].mean((1, 2, 3)).tolist() == [10, 10, 10, 20, 30]
+    assert sequences["a"].mean((1, 2, 3)).tolist() == [10, 10, 20, 30, 40]
+
+
+def test_all_slices_of_a_sequence_are_moved_alike(tree):
+    root = tree("png")
+    grey = np.random.default_rng(0).integers(0, 255, (48, 64), np.uint8)
+    for name in NAMES:  # one picture in all files
+        Image.fromarray(grey).save(root / "JPEGImages" / f"{name}.png")
+    augmentations = [
+        *(RandomShiftScale(0.2, 0.3), T.RandomRotation([-30, 30], expand=False)),
+        *(T.RandomContrast(0.5, 1.5), T.RandomBrightness(0.5, 1.5), T.ResizeShortestEdge(32)),
+    ]
+    mapper = IchDatasetMapper(
+        True, augmentations=augmentations, windows=[[50, 100]], sequence_slices=1
+    )
+    for d in load_ich_voc(root, "train", context=1):
+        mapped = mapper(d)
+        assert all(torch.equal(x, mapped["image"]) for x in mapped["sequence"])
+        assert mapped["image"].std() > 0
+
+
+def test_names_order_pictures_without_positions(tree, caplog):
+    root = tree("png", columns="image,patient,series,other")
+    images = {f"p_{i}": Path(f"p_{i}.png") for i in (10, 9, 11)}
+    rows = [f"{name},p" for name in images]
+    (root / "patients.csv").write_text("\n".join(["image,patient", *rows]) + "\n")
+    context = find_context(root, images, 1, by_name=True)
+    assert context == {
+        "p_9": ["p_9", "p_9", "p_10"],
+        "p_10": ["p_9", "p_10", "p_11"],
+        "p_11": ["p_10", "p_11", "p_11"],
+    }
+    assert "no position_mm for 3 images" in caplog.text
+    (root / "patients.csv").write_text("image,patient\nscout,p\n")
+    with pytest.raises(ValueError, match=r"scout\.png: its place in a series is not known"):
+        find_context(root, {"scout": Path("scout.png")}, 1, by_name=True)
+
+
+def test_channels_and_sequences_exclude_each_other():
+    with pytest.raises(ValueError, match="INPUT.SEQUENCE_SLICES is 2 with INPUT.CONTEXT_SLICES 1"):
+        IchDatasetMapper(
+            False, augmentations=[], windows=[[50, 100]], context_slices=1, sequence_slices=2
+        )

@@ -183,3 +183,20 @@ def test_summary_prints_as_a_table():
     assert lines[0].split() == ["|", "|", "image", "|", "patient", "|"]
     assert any(line.split()[1:6:2] == ["auc", "0.833", "0.833"] for line in lines)
     assert len({len(line) for line in lines}) == 1
+
+
+def test_an_image_score_goes_before_boxes_and_needs_none(make, tmp_path):
+    evaluator = make()
+    for (image, patient, label, _), score in zip(IMAGES, (0.9, 0.2, 0.1, 0.4, 0.6)):
+        x = {"image_id": image, "file_name": f"{image}.png", "image_label": label}
+        y = {"image_score": torch.tensor(score, dtype=torch.float64)}
+        if image == "a":
+            y["instances"] = Instances((8, 8), scores=torch.tensor([0.99]))
+        evaluator.process([x | {"patient_id": patient}], [y])
+    results = evaluator.evaluate()["diagnosis"]
+    assert results["image_auc"] == 1.0
+    assert not [key for key in results if key.startswith("lesion")]
+    rows = read_csv(tmp_path / "inference/ich_val/image_scores.csv")[1:]
+    assert {row[0]: float(row[4]) for row in rows} == {
+        "a": 0.2, "b": 0.9, "c": 0.1, "d": 0.4, "e": 0.6
+    }  # fmt: skip

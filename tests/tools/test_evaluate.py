@@ -67,6 +67,31 @@ def test_models_are_compared(tool, stored, tmp_path, capsys):
     assert not (good / "report.html").exists()
 
 
+def test_a_classifier_is_compared_with_a_detector(tool, stored, tmp_path):
+    classifier, detector = stored("classifier"), stored("detector", seed=1)
+    rows = [line.split(",") for line in (detector / "image_scores.csv").read_text().splitlines()]
+    boxes = [
+        {"image_id": r[0], "category_id": 0, "bbox": [8, 8, 9, 9], "score": float(r[4])}
+        for r in rows[1:]
+    ]
+    (detector / "coco_instances_results.json").write_text(json.dumps(boxes))
+    lesions = [f"{r[0]},{r[2]},IPH,8,8,9,9" for r in rows[1:] if r[3] == "1"]
+    for folder in (classifier, detector):
+        header = "image_id,patient_id,type,x,y,width,height"
+        (folder / "lesions.csv").write_text("\n".join([header, *lesions]) + "\n")
+    output = tmp_path / "out"
+    args = [str(classifier), str(detector), "--compare", "--threshold", "0.5"]
+    assert tool.main([*args, "--output", str(output), "--resamples", "20"]) == 0
+    content = json.loads((output / "report.json").read_text())
+    without, with_boxes = (model["analysis"]["lesions"] for model in content["models"])
+    assert without is None and with_boxes["box_recall"] > 0.5
+    levels = (model["analysis"]["levels"]["image"]["auc"] for model in content["models"])
+    (pair,) = content["comparisons"]
+    difference = pair["image"]["bootstrap"]["auc"]["difference"]
+    first, other = levels
+    assert difference == pytest.approx(first - other)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,155 @@
+"""Classifiers by the same code as detectors: train, resume, evaluate, report, diagnose."""
+
+import csv
+import json
+import logging
+
+import pytest
+import torch
+from pydicom import dcmread
+
+from ich_det2.engine import IchTrainer
+from ich_det2.engine.inference import Diagnoser, find_slices, load_run
+from ich_det2.engine.setup import check_config, context_settings
+
+SMALL = {"AlexNet": 63, "InceptionResNetV2": 75}
+CONFIGS = (
+    *("lenet", "alexnet", "googlenet", "densenet121", "inception_resnet_v2"),
+    *("bhcnet", "bhcnet_lstm", "bhcnet_gru"),
+)
+
+
+@pytest.fixture
+def make_cfg(tiny_cfg, full_tree, tmp_path):
+    """Factory of the config of a shipped classifier, small, on a tree of 4, 2 and 2 slices."""
+
+    def make(name, *opts, kind="png"):
+        root = full_tree(kind) if kind == "png" else series_tree(full_tree(kind))
+        if kind == "png":
+            # One series, named a1 to h8, whose position only the names tell.
+            rename_to_numbers(root)
+        cfg = tiny_cfg(
+            *("DATASETS.ICH_ROOT", str(root), "OUTPUT_DIR", str(tmp_path / "out")),
+            *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "2"),
+            *("SOLVER.CHECKPOINT_PERIOD", "100", "DATALOADER.NUM_WORKERS", "0", *opts),
+            config=f"classifier_{name}.yaml",
+        )
+        cfg.MODEL.CLASSIFIER.INPUT_SIZE = SMALL.get(cfg.MODEL.CLASSIFIER.NAME, 32)
+        check_config(cfg, eval_only=False, resume=False)
+        return cfg
+
+    return make
+
+
+def series_tree(root):
+    """The slices of a tree as one patient's series, 5 mm from each other."""
+    for i, path in enumerate(sorted((root / "DICOM").iterdir())):
+        dataset = dcmread(path)
+        dataset.SeriesInstanceUID, dataset.ImagePositionPatient = "1.2", [0, 0, 5 * i]
+        dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        dataset.save_as(path)
+    names = [f"{path.stem},p" for path in (root / "DICOM").iterdir()]
+    (root / "patients.csv").write_text("\n".join(["image,patient", *names]) + "\n")
+    return root
+
+
+def rename_to_numbers(root):
+    rows = ["image,patient"]
+    for split in sorted((root / "ImageSets/Main").iterdir()):
+        names = split.read_text().split()
+        numbered = {name: f"{name}{ord(name) - ord('a') + 1}" for name in names}
+        split.write_text("\n".join(numbered.values()) + "\n")
+        for name, new in numbered.items():
+            (root / f"JPEGImages/{name}.png").rename(root / f"JPEGImages/{new}.png")
+            xml = root / f"Annotations/{name}.xml"
+            xml.with_name(f"{new}.xml").write_text(xml.read_text().replace(f"{name}.", f"{new}."))
+            xml.unlink()
+            rows.append(f"{new},{split.stem}")
+    (root / "patients.csv").write_text("\n".join(rows) + "\n")
+
+
+def train(cfg, resume=False):
+    trainer = IchTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def scores_of(folder):
+    with open(folder / "image_scores.csv", newline="") as file:
+        return {row["image_id"]: float(row["score"]) for row in csv.DictReader(file)}
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing takes longer than all else on slices as small as these."""
+    for name in ("evaluation.evaluator.plot_roc", "evaluation.evaluator.plot_thresholds"):
+        monkeypatch.setattr(f"ich_det2.{name}", lambda *args: None)
+    monkeypatch.setattr("ich_det2.engine.hooks.plot_history", lambda *args: None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_config_trains_resumes_and_evaluates(make_cfg, tmp_path, name, monkeypatch, no_plots):
+    cfg = make_cfg(name, "SOLVER.MOMENTUM", "0.0")  # half the checkpoint
+    monkeypatch.setattr("ich_det2.engine.trainer.write_reports", lambda *args: None)
+    train(cfg)
+    cfg.SOLVER.MAX_ITER = 3
+    trainer = IchTrainer(cfg)
+    trainer.resume_or_load(True)
+    assert trainer.start_iter == 2
+    trainer.train()
+    results = trainer.test_best()
+    assert set(results) == {"diagnosis"}
+    folder = tmp_path / "out/inference/ich_test"
+    scores = scores_of(folder)
+    assert list(scores) == ["g7", "h8"] and all(0 < score < 1 for score in scores.values())
+    assert not (folder / "coco_instances_results.json").exists()
+
+
+def test_the_report_does_without_boxes_but_shows_the_slices(make_cfg, tmp_path):
+    cfg = make_cfg("lenet", "TEST.DIAGNOSIS.OPERATING_THRESHOLD", "0.99")
+    train(cfg).test_best()
+    folder = tmp_path / "out/inference/ich_test"
+    report = json.loads((folder / "report.json").read_text())["models"][0]
+    assert report["analysis"]["lesions"] is None and report["misses"]
+    (answer,) = {c["answer"] for c in report["checklist"] if "LeNet" in str(c["answer"])}
+    assert "anchors" not in answer and "at 32 pixels" in answer
+    assert "data:image/jpeg" in (folder / "report.html").read_text()
+
+
+def test_no_anchors_are_clustered_and_nothing_is_thawed(make_cfg, caplog):
+    with caplog.at_level(logging.WARNING, "ich_det2"):
+        cfg = make_cfg("lenet", "MODEL.ANCHOR_GENERATOR.SIZES", "[[]]")
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[]]
+    assert "frozen" not in caplog.text
+
+
+def test_sequences_of_pictures_are_ordered_by_name(make_cfg, caplog):
+    with caplog.at_level(logging.WARNING, "ich_det2"):
+        cfg = make_cfg("bhcnet_gru", "INPUT.SEQUENCE_SLICES", "1")
+    assert "no position_mm for 8 images" in caplog.text
+    batch = [x for batch in IchTrainer.build_test_loader(cfg, "ich_train") for x in batch]
+    images = [x["image"] for x in batch]
+    for i, x in enumerate(batch):
+        # a1, b2, c3 and d4 are one patient; at the ends the slice itself stands in.
+        window = [images[max(i - 1, 0)], images[i], images[min(i + 1, 3)]]
+        assert torch.equal(x["sequence"], torch.stack(window))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("lenet", "png"), ("bhcnet_lstm", "dicom")])
+def test_diagnosis_of_files_gives_the_scores_of_the_evaluation(
+    make_cfg, tmp_path, name, kind, monkeypatch, no_plots
+):
+    cfg = make_cfg(name, kind=kind)
+    monkeypatch.setattr("ich_det2.engine.trainer.write_reports", lambda *args: None)
+    trainer = train(cfg)
+    out = tmp_path / "out"
+    (out / "config.yaml").write_text(cfg.dump())
+    trainer.test_best()
+    run, weights = load_run(out)
+    folder = "JPEGImages" if kind == "png" else "DICOM"
+    slices, _ = find_slices([tmp_path / "tree" / folder], **context_settings(run))
+    found = {s.path.stem: d for s, d in zip(slices, Diagnoser.from_run(run, weights)(slices))}
+    expected = scores_of(out / "inference/ich_test")
+    assert {image: found[image].score for image in expected} == pytest.approx(expected)
+    assert all(len(d.boxes) == 0 and d.size == (48, 64) for d in found.values())
