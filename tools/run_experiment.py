@@ -66,9 +66,8 @@ def main() -> None:
     if not given:
         print(f"{__doc__}\nexperiment: {', '.join(known)}")
         for group in ("data", "hardware"):
-            print(
-                f"{group}: {', '.join(sorted(p.stem for p in EXPERIMENTS.glob(f'{group}/*.yaml')))}"
-            )
+            choices = sorted(path.stem for path in (EXPERIMENTS / group).glob("*.yaml"))
+            print(f"{group}: {', '.join(choices)}")
         sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     name = given[-1].removeprefix("experiment=")
     if name not in known:
