@@ -27,20 +27,25 @@ from .diagnosis import (
     type_recall,
 )
 from .froc import CPM_RATES, froc_curve, match_detections
-from .intervals import bootstrap_by_group, delong_interval, wilson_interval
+from .intervals import (
+    bootstrap_by_group,
+    delong_interval,
+    wilson_by_group,
+    wilson_interval,
+)
 from .predictions import Predictions
 
 LEVELS = ("image", "patient")
 HITS = {"iou": "IoU of at least 0.5", "centre": "centre in the true box"}
 """Of ``match_detections``: when a box finds a lesion, in words."""
 
-# Proportions: hits and cases, of the counts.
-_PROPORTIONS = {
-    "accuracy": (("tp", "tn"), ("tp", "fp", "tn", "fn")),
-    "recall": (("tp",), ("tp", "fn")),
-    "precision": (("tp",), ("tp", "fp")),
-    "specificity": (("tn",), ("tn", "fp")),
-    "npv": (("tn",), ("tn", "fn")),
+# Proportions: which cases count, and which of those are hits, of the truth and the call.
+_PROPORTIONS: dict[str, Callable] = {
+    "accuracy": lambda true, called: (true == called, np.ones_like(true)),
+    "recall": lambda true, called: (true & called, true),
+    "precision": lambda true, called: (true & called, called),
+    "specificity": lambda true, called: (~true & ~called, ~true),
+    "npv": lambda true, called: (~true & ~called, ~called),
 }
 
 
@@ -66,6 +71,9 @@ class Settings:
 
 
 Level = tuple[np.ndarray, np.ndarray, Sequence[str]]
+
+METHOD = "expanded percentiles (Hesterberg 2015) of patients drawn with replacement"
+"""Of the intervals, see ``bootstrap_by_group``."""
 
 
 def levels_of(predictions: Predictions, rule: str) -> dict[str, Level]:
@@ -139,10 +147,10 @@ def analyse(
         temperature: of the calibration, fitted on other images.
 
     Returns:
-        "n_images", "n_patients", "operating_threshold", "cost_ratio", "levels" (image, patient:
-        ``summarize`` with "intervals", "wilson" and "delong"), "thresholds", "patient_rules",
-        "types", "lesions" (None without boxes) and "calibration" (None unless the scores are in
-        [0, 1]). What is undefined is NaN.
+        "n_images", "n_patients", "operating_threshold", "cost_ratio", "intervals" (how the
+        bootstrap's were made), "levels" (image, patient: ``summarize`` with "intervals", "wilson"
+        and "delong"), "thresholds", "patient_rules", "types", "lesions" (None without boxes) and
+        "calibration" (None unless the scores are in [0, 1]). What is undefined is NaN.
     """
     rule = settings.patient_rules[0]
     levels = levels_of(predictions, rule)
@@ -151,6 +159,12 @@ def analyse(
         "n_patients": len(levels["patient"][0]),
         "operating_threshold": settings.operating_threshold,
         "cost_ratio": settings.cost_ratio,
+        "intervals": {
+            "method": METHOD,
+            "confidence": 0.95,
+            "n_resamples": settings.n_resamples,
+            "seed": settings.seed,
+        },
         "patient_rule": rule,
         "levels": {name: _with_intervals(level, settings) for name, level in levels.items()},
         "thresholds": threshold_rows(predictions, settings),
@@ -187,13 +201,17 @@ def _with_intervals(level: Level, settings: Settings) -> dict:
         statistic, patients, n_resamples=settings.n_resamples, seed=settings.seed
     )
     intervals = dict(zip((*curves, *METRICS), bounds.tolist()))
-    # Images of one patient are no independent cases, as Wilson's interval takes them.
+    true, called = y_true == 1, y_score >= settings.operating_threshold
+    # Images of one patient are no independent cases, as Wilson's own interval takes them.
     independent = len(set(patients)) == len(patients)
-    wilson = {
-        name: wilson_interval(sum(summary[x] for x in hits), sum(summary[x] for x in all_)).tolist()
-        for name, (hits, all_) in _PROPORTIONS.items()
-        if independent
-    }
+    wilson = {}
+    for name, proportion in _PROPORTIONS.items():
+        hits, cases = proportion(true, called)
+        wilson[name] = (
+            wilson_interval(hits.sum(), cases.sum())
+            if independent
+            else wilson_by_group(hits, cases, patients)
+        ).tolist()
     delong = delong_interval(y_true, y_score, patients).tolist()
     return {**summary, "intervals": intervals, "wilson": wilson, "delong": delong}
 

@@ -146,8 +146,10 @@ def facts_of(analysis: dict, point: dict | None) -> dict[str, str]:
         " read are not among these.",
         "metrics": "Recall, specificity, precision, NPV, F1, F2, balanced accuracy, MCC, expected"
         " cost, ROC and PR curves, FROC; images and patients.",
-        "uncertainty": "95 % intervals by bootstrap over patients; Wilson for proportions and"
-        " DeLong for AUC. Models are compared by paired bootstrap, DeLong and exact McNemar.",
+        "uncertainty": "95 % intervals by bootstrap over patients"
+        f" ({analysis['intervals']['n_resamples']} draws, seed {analysis['intervals']['seed']});"
+        " Wilson for proportions and DeLong for AUC. Models are compared by paired bootstrap,"
+        " DeLong and exact McNemar.",
         "accuracy": f"Patients: recall {recall}, specificity {specificity}, AUC {auc}; with"
         " intervals above.",
         "confusion": f"{image['n']} images of {patient['n']} patients, tables above.",

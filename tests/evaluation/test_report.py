@@ -124,7 +124,9 @@ def test_a_missing_file_or_column_says_what_is_expected(tmp_path):
 def test_analysis_holds_every_part():
     result = analyse(make(), SETTINGS, temperature=2.0)
     assert (result["n_images"], result["n_patients"]) == (24, 6)
-    assert [len(result["levels"][k]["wilson"]) for k in ("image", "patient")] == [0, 5]
+    assert [len(result["levels"][k]["wilson"]) for k in ("image", "patient")] == [5, 5]
+    how = result["intervals"]
+    assert (how["n_resamples"], how["seed"]) == (SETTINGS.n_resamples, SETTINGS.seed)
     assert set(result["patient_rules"]) == {"any", "at_least_2"}
     assert result["types"]["image"]["EDH"]["n"] == result["types"]["image"]["SAH"]["n"] == 3
     # The first box of each image has IoU 90 / 110 with the lesion and is scored highest.
@@ -144,6 +146,7 @@ def test_one_class_and_one_patient_are_reported_as_undefined(tmp_path, label, n)
     image = content["models"][0]["analysis"]["levels"]["image"]
     assert np.isnan(image["auc"]) and np.isnan(image["recall" if label == 0 else "specificity"])
     text = (tmp_path / "report.json").read_text()
+    assert "draws, seed 0." in (tmp_path / "report.html").read_text()
     assert "NaN" not in text and json.loads(text)["models"][0]["name"] == "m"
     assert "nan" not in re.sub(r'src="[^"]*"', "", (tmp_path / "report.html").read_text()).lower()
 
