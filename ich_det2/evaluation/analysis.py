@@ -202,18 +202,19 @@ def _with_intervals(level: Level, settings: Settings) -> dict:
     )
     intervals = dict(zip((*curves, *METRICS), bounds.tolist()))
     true, called = y_true == 1, y_score >= settings.operating_threshold
-    # Images of one patient are no independent cases, as Wilson's own interval takes them.
-    independent = len(set(patients)) == len(patients)
-    wilson = {}
-    for name, proportion in _PROPORTIONS.items():
-        hits, cases = proportion(true, called)
-        wilson[name] = (
-            wilson_interval(hits.sum(), cases.sum())
-            if independent
-            else wilson_by_group(hits, cases, patients)
-        ).tolist()
+    wilson = {
+        name: _wilson(*proportion(true, called), patients)
+        for name, proportion in _PROPORTIONS.items()
+    }
     delong = delong_interval(y_true, y_score, patients).tolist()
     return {**summary, "intervals": intervals, "wilson": wilson, "delong": delong}
+
+
+def _wilson(hits: np.ndarray, cases: np.ndarray, patients: Sequence[str]) -> list[float]:
+    # Images of one patient are no independent cases, as Wilson's own interval takes them.
+    if len(set(patients)) == len(patients):
+        return wilson_interval(hits.sum(), cases.sum()).tolist()
+    return wilson_by_group(hits, cases, patients).tolist()
 
 
 def _types(predictions: Predictions, levels: dict[str, Level], settings: Settings) -> dict:
@@ -226,13 +227,16 @@ def _types(predictions: Predictions, levels: dict[str, Level], settings: Setting
         of_patient[place].update(types)
     result = {}
     for level, types in (("image", [set(t) for t in predictions.types]), ("patient", of_patient)):
-        found = type_recall(types, levels[level][1], [settings.operating_threshold])
+        _, y_score, patients = levels[level]
+        found = type_recall(types, y_score, [settings.operating_threshold])
+        called = y_score >= settings.operating_threshold
+        has = {name: np.array([name in entry for entry in types]) for name in found}
         result[level] = {
             name: {
                 "n": entry["n"],
                 "tp": int(entry["tp"][0]),
                 "recall": float(entry["recall"][0]),
-                "wilson": wilson_interval(entry["tp"][0], entry["n"]).tolist(),
+                "wilson": _wilson(has[name] & called, has[name], patients),
             }
             for name, entry in found.items()
         }

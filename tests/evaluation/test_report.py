@@ -8,6 +8,7 @@ import pytest
 
 from ich_det2.evaluation.analysis import Settings, analyse, compare
 from ich_det2.evaluation.evaluator import write_evaluation
+from ich_det2.evaluation.intervals import wilson_by_group
 from ich_det2.evaluation.operating_point import OperatingPoint, Rule
 from ich_det2.evaluation.predictions import Predictions, read_predictions
 from ich_det2.evaluation.report import Model, worst_cases, write_report
@@ -129,6 +130,10 @@ def test_analysis_holds_every_part():
     assert (how["n_resamples"], how["seed"]) == (SETTINGS.n_resamples, SETTINGS.seed)
     assert set(result["patient_rules"]) == {"any", "at_least_2"}
     assert result["types"]["image"]["EDH"]["n"] == result["types"]["image"]["SAH"]["n"] == 3
+    cases = np.array(["EDH" in entry for entry in make().types])
+    hits = cases & (make().scores >= SETTINGS.operating_threshold)
+    by_patient = wilson_by_group(hits, cases, make().patients)
+    assert result["types"]["image"]["EDH"]["wilson"] == pytest.approx(by_patient, nan_ok=True)
     # The first box of each image has IoU 90 / 110 with the lesion and is scored highest.
     froc = result["lesions"]["froc"]["image_iou"]
     assert froc["sensitivity"][-1] == 1 and result["lesions"]["n_lesions"] == 6
