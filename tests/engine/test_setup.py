@@ -154,6 +154,8 @@ def test_boxes_are_those_of_the_networks_input_where_pixels_are_not_square(voc_t
         (("DATASETS.TRAIN", "('ich_trian',)"), "ich_trian"),
         (("MODEL.WEIGHTS", "no/such/model.pth"), "MODEL.WEIGHTS ''"),
         (("MODEL.WEIGHTS", "timm://no_such_network"), "no_such_network"),
+        (("MODEL.WEIGHTS", "torchvision://alexnet"), "one of vgg16, inception_v3, resnet50"),
+        (("MODEL.WEIGHTS", "torchvision://resnet50"), "MODEL.RESNETS.STRIDE_IN_1X1 False"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_expected(cfg_on, tmp_path, opts, message):
@@ -178,8 +180,9 @@ def test_a_training_set_without_boxes_is_refused(tiny_cfg, voc_tree):
 def test_evaluation_needs_a_whole_detector(cfg_on):
     with pytest.raises(ValueError, match="--eval-only needs a trained model"):
         check(cfg_on(), eval_only=True)
-    with pytest.raises(ValueError, match="--eval-only needs a trained model"):
-        check_weights("timm://tf_efficientnet_lite0", trained=True)
+    for weights in ("timm://tf_efficientnet_lite0", "torchvision://vgg16"):
+        with pytest.raises(ValueError, match="--eval-only needs a trained model"):
+            check_weights(weights, trained=True)
 
 
 def test_evaluation_takes_the_anchors_of_the_training_not_of_its_own_data(cfg_on, tmp_path):

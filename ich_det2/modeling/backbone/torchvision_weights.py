@@ -58,7 +58,7 @@ def convert(network: str, state: Mapping[str, torch.Tensor]) -> dict:
         ValueError: if torchvision has no such network here, or the tensors are not its own.
     """
     if network not in NETWORKS:
-        raise ValueError(f"the network is '{network}', expected one of {', '.join(NETWORKS)}.")
+        raise ValueError(f"the network is '{network}', expected one of {', '.join(NETWORKS)}")
     with torch.device("meta"):
         kwargs = {"init_weights": False} if network == "inception_v3" else {}
         expected = torchvision.models.get_model(network, weights=None, **kwargs).state_dict()
