@@ -39,7 +39,8 @@ class ImageClassifier(nn.Module):
             pos_weight: weight of a slice with hemorrhage in the loss.
         """
         super().__init__()
-        self.network = network
+        # Convolutions on the CPU, and mixed precision on a GPU, are faster that way.
+        self.network = network.to(memory_format=torch.channels_last)
         self.input_size = input_size
         self.takes_sequence = getattr(network, "takes_sequence", False)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
