@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -58,18 +59,23 @@ def find_context(
             )
         series.setdefault(uid, []).append((image, position))
     if named:
-        logger.warning(
-            "%s has no position_mm for %d images: each series' slices are taken in the order of the"
-            " last number in their names.",
-            Path(root) / "patients.csv",
-            named,
-        )
+        _warn_of_names(Path(root) / "patients.csv", named)
     context = {}
     for members in series.values():
         names = np.array([image for image, _ in members], dtype=object)
         table = neighbours([position for _, position in members], reach)
         context.update(zip(names, (names[row].tolist() for row in table), strict=True))
     return context
+
+
+@cache  # a dataset is read several times
+def _warn_of_names(path: Path, number: int) -> None:
+    logger.warning(
+        "%s has no position_mm for %d images: each series' slices are taken in the order of the"
+        " last number in their names.",
+        path,
+        number,
+    )
 
 
 def last_number(name: str) -> float:
