@@ -8,7 +8,9 @@ from detectron2.config import get_cfg
 
 from ich_det2 import add_ich_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs"
+# Those of configs/experiments are Hydra's.
+CONFIGS = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("quick/*.yaml")])
 
 
 @pytest.fixture
