@@ -218,18 +218,23 @@ def configs(args) -> None:
         with ProcessPoolExecutor(1, mp_context=spawn) as process:
             try:
                 rows.append([file.name, *process.submit(measure_config, *options).result()])
+                print(*rows[-1], file=sys.stderr)
             except BrokenProcessPool as error:
                 raise ValueError(f"{file}: its process was killed; out of memory?") from error
     print(
         f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__};"
         f" {args.batch} x {args.size} px, {args.steps} steps, random weights, nothing frozen"
     )
-    headers = ["config", "parameters, millions", "median s", "min s", "peak memory, GiB"]
-    print(tabulate(rows, headers, floatfmt=("", ".1f", ".2f", ".2f", ".2f"), tablefmt="github"))
+    headers = ["config", "parameters, millions", "median s", "min s", "mean CPU s", "peak GiB"]
+    floats = ("", ".1f", ".2f", ".2f", ".2f", ".2f")
+    print(tabulate(rows, headers, floatfmt=floats, tablefmt="github"))
 
 
 def measure_config(file: Path, size: int, batch: int, steps: int, warmup: int, threads: int):
-    """Parameters in millions, median and least seconds of a step, this process's peak in GiB."""
+    """Parameters in millions; a step's median, least and CPU seconds; this process's peak in GiB.
+
+    CPU seconds are those of all threads together, which other programs on the machine change less.
+    """
     torch.set_num_threads(threads)
     cfg = load_config(file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     thaw_without_weights(cfg)
@@ -238,11 +243,15 @@ def measure_config(file: Path, size: int, batch: int, steps: int, warmup: int, t
     cfg.MODEL.ANCHOR_GENERATOR.update(anchor_settings(cfg, Anchors(tuple(sizes), tuple(RATIOS[0]))))
     with EventStorage():
         step = TrainStep(cfg, synthetic_batch(size, batch))
-        (seconds,) = interleave({"": step}, steps, warmup, "cpu").values()
+        for _ in range(warmup):
+            step()
+        start = time.process_time()
+        (seconds,) = interleave({"": step}, steps, 0, "cpu").values()
+        cpu_seconds = (time.process_time() - start) / steps
     parameters = sum(p.numel() for p in step.model.parameters()) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     peak /= 2**30 if sys.platform == "darwin" else 2**20
-    return parameters, statistics.median(seconds), min(seconds), peak
+    return parameters, statistics.median(seconds), min(seconds), cpu_seconds, peak
 
 
 def cpu_name() -> str:

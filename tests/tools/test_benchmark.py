@@ -48,8 +48,8 @@ def test_each_config_is_measured_in_a_process_of_its_own(tmp_path):
     # ResNet50 has 23.5 million, FPN 3.3, the box head 13.9, the RPN 0.6.
     assert float(fpn[1]) == pytest.approx(41.3, abs=0.2)
     # Parameters, gradients and momentum, and no memory of the bigger network before.
-    assert float(fpn[4]) > float(lite0[4]) + 3 * 36e6 * 4 / 2**30
-    assert 0 < float(lite0[3]) <= float(lite0[2])
+    assert float(fpn[5]) > float(lite0[5]) + 3 * 36e6 * 4 / 2**30
+    assert 0 < float(lite0[3]) <= float(lite0[2]) and float(lite0[4]) > 0
 
 
 def test_no_config_to_measure_is_one_sentence(tool, capsys, monkeypatch, tmp_path):
