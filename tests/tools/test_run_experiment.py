@@ -279,7 +279,7 @@ def test_the_grids_are_the_papers(tool, full_tree, tmp_path):
             return build_cells(hydra.compose(name, ["data=phantom", *overrides]))
 
         assert len(cells_of("figure2")) == 3 * 2 * 2
-        assert len(cells_of("figure3")) == 6 * 3
+        assert len(cells_of("figure3")) == 5 * 3
         assert len(cells_of("figure4")) == 6 * 3
         assert cells_of("table1") == []
         (cell,) = cells_of(
