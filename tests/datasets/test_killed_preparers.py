@@ -2,9 +2,9 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,8 +119,12 @@ def times(root):
     }
 
 
-def run_and_die(main, args, number):
-    """Run a command in this process and kill it in the middle of writing a file."""
+# Forks a child for each command: this process may have threads, which a fork does not survive.
+SERVER = """
+import importlib.util, json, os, signal, sys
+import ich_det2.data, nibabel, rich.progress
+
+def run_and_die(path, args, number):
     replace, calls = os.replace, []
 
     def killing(*paths):
@@ -130,12 +134,42 @@ def run_and_die(main, args, number):
         replace(*paths)
 
     os.replace = killing
-    main(args)
-    os._exit(0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    spec = importlib.util.spec_from_file_location("preparer", path)
+    module = sys.modules["preparer"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(args)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        try:
+            run_and_die(*json.loads(line))
+        finally:
+            os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def kill():
+    """Function that runs a command and kills it while it writes its n-th file."""
+    command = [sys.executable, "-W", "ignore", "-c", SERVER]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as server:
+
+        def run(name, args, number):
+            line = json.dumps([str(ROOT / "datasets" / f"{name}.py"), args, number])
+            server.stdin.write(line + "\n")
+            server.stdin.flush()
+            assert server.stdout.readline().strip() == str(-signal.SIGKILL)
+
+        yield run
+        server.stdin.close()
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda f: f.__name__)
-def test_killed_and_started_again(tmp_path, exam, monkeypatch, source):
+def test_killed_and_started_again(tmp_path, exam, monkeypatch, kill, source):
     name, args = source(tmp_path, exam)
     main = tool(name).main
     args = [*map(str, args), "--output"]
@@ -148,11 +182,7 @@ def test_killed_and_started_again(tmp_path, exam, monkeypatch, source):
 
     for number in range(1, len(written) + 1):
         root = tmp_path / f"killed-{number}"
-        context = multiprocessing.get_context("fork")
-        child = context.Process(target=run_and_die, args=(main, [*args, str(root)], number))
-        child.start()
-        child.join(60)
-        assert child.exitcode == -signal.SIGKILL
+        kill(name, [*args, str(root)], number)
         before = times(root)
         assert main([*args, str(root)]) == 0
         assert content(root) == expected
@@ -162,16 +192,12 @@ def test_killed_and_started_again(tmp_path, exam, monkeypatch, source):
         assert len(again) <= 1 and not any(path.suffix == ".xml" for path in again)
 
 
-def test_a_phantom_is_there_whole_or_not_at_all(tmp_path):
+def test_a_phantom_is_there_whole_or_not_at_all(tmp_path, kill):
     main = tool("prepare_phantom").main
     args = ["--patients", "6", "--size", "64", "--workers", "1", "--output"]
     root = tmp_path / "killed"
-    child = multiprocessing.get_context("fork").Process(
-        target=run_and_die, args=(main, [*args, str(root)], 30)
-    )
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL and not root.exists()
+    kill("prepare_phantom", [*args, str(root)], 30)
+    assert not root.exists()
     assert main([*args, str(root)]) == 0
     slices = {path.stem for path in (root / "DICOM").iterdir()}
     assert len(slices) == 6 * 13
