@@ -17,20 +17,17 @@ differences to the first form with 95 % intervals by paired bootstrap over patie
 import argparse
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from tabulate import tabulate
 
 from ich_det2.data.splits import find_images, read_patients, split_by_group
 from ich_det2.data.voc import read_voc
+from ich_det2.engine.cells import Cell, run_cells
 from ich_det2.engine.setup import load_config
 from ich_det2.evaluation.boxes import average_precision, box_recall
 from ich_det2.evaluation.diagnosis import recall_at_specificity, roc_auc_score, summarize
@@ -60,7 +57,9 @@ def parse_args(argv=None):
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="+", metavar="FOLD", help="run these folds alone")
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side; on one GPU: 1")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="trainings side by side, on GPUs each on the next"
+    )
     return parser.parse_args(argv)
 
 
@@ -97,33 +96,18 @@ def make_folds(data: Path, output: Path, folds: int, seed: int) -> None:
                 file.write(text)
 
 
-def run_cell(args, form: list[str], fold: int) -> str | None:
-    """Trains and scores one cell unless it is finished; returns what went wrong, if anything."""
+def build_cell(args, form: list[str], fold: int) -> Cell:
+    """One training: a form on all folds but one."""
     name, config, *opts = form
     folder = args.output / name / f"fold{fold}"
-    if (folder / "done").is_file():
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    opts += ["DATASETS.ICH_ROOT", args.output / "folds" / str(fold), "OUTPUT_DIR", folder]
+    keys = dict(zip(opts[::2], opts[1::2]))
+    keys["DATASETS.ICH_ROOT"] = args.output / "folds" / str(fold)
     # The last model is scored, once: DATASETS.VAL is not used to select.
-    opts += ["DATASETS.VAL", "('ich_test',)", "TEST.EVAL_PERIOD", "0"]
-    command = [sys.executable, str(ROOT / "tools/train_net.py"), "--resume"]
-    command += ["--config-file", config, *map(str, opts)]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with open(folder / "terminal.txt", "w") as log:
-        done = subprocess.run(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-    if done.returncode:
-        return f"{folder}: exit code {done.returncode}, see terminal.txt there."
-    (folder / "done").touch()
-    return None
+    keys |= {"DATASETS.VAL": "('ich_test',)", "TEST.EVAL_PERIOD": 0}
+    return Cell(folder, Path(config), keys)
 
 
-class Cells:
+class Pooled:
     """The pooled predictions of the finished cells of a form."""
 
     def __init__(self, folders: list[Path]):
@@ -168,7 +152,7 @@ class Cells:
         }
 
 
-def differences(cells: Cells, reference: Cells) -> dict[str, str]:
+def differences(cells: Pooled, reference: Pooled) -> dict[str, str]:
     """AUC and recall at specificity 0.90 against the reference, with paired 95 % intervals."""
 
     def difference(weights):
@@ -193,7 +177,7 @@ def write_table(args) -> None:
         folders = [folder for folder in folders if (folder / "done").is_file()]
         if not folders:
             continue
-        cells = Cells(folders)
+        cells = Pooled(folders)
         row = {"form": name, "folds": len(folders), **cells.metrics()}
         if reference is not None:
             row |= differences(cells, reference)
@@ -212,7 +196,7 @@ def write_table(args) -> None:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    failures = []
+    folds = range(args.folds) if args.only is None else args.only
     try:
         names = [form[0] for form in args.forms]
         for name, *rest in args.forms:
@@ -223,19 +207,11 @@ def main(argv=None) -> int:
             load_config(rest[0], rest[1:])
         args.output.mkdir(parents=True, exist_ok=True)
         make_folds(args.data, args.output, args.folds, args.seed)
+        cells = [build_cell(args, form, fold) for form in args.forms for fold in folds]
+        failures = run_cells(cells, ROOT / "tools/train_net.py", jobs=args.jobs)
     except (OSError, ValueError) as error:
         print(f"cross_validate.py: error: {error}", file=sys.stderr)
         return 2
-    folds = range(args.folds) if args.only is None else args.only
-    cells = [(form, fold) for form in args.forms for fold in folds]
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress, ThreadPoolExecutor(args.jobs) as pool:
-        task = progress.add_task("trainings", total=len(cells))
-        for done in as_completed(pool.submit(run_cell, args, *cell) for cell in cells):
-            progress.advance(task)
-            if done.result():
-                failures.append(done.result())
-                progress.console.print(done.result())
     write_table(args)
     return 1 if failures else 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ich_det2.engine import cells
 from ich_det2.evaluation.diagnosis import roc_auc_score
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def test_cells_are_trained_pooled_and_not_run_again(tool, full_tree, tmp_path, m
     def refuse(*args, **kwargs):
         raise AssertionError("a finished cell was run again")
 
-    monkeypatch.setattr(tool.subprocess, "run", refuse)
+    monkeypatch.setattr(cells.subprocess, "Popen", refuse)
     assert tool.main(argv) == 0
 
 
@@ -125,9 +126,9 @@ def test_a_failed_cell_is_reported_and_does_not_stop_the_others(
     def run(command, stdout, **kwargs):
         folder = Path(command[command.index("OUTPUT_DIR") + 1])
         ran.append(folder.name)
-        return type("Done", (), {"returncode": int(folder.name == "fold0")})
+        return type("Process", (), {"wait": lambda self: int(folder.name == "fold0")})()
 
-    monkeypatch.setattr(tool.subprocess, "run", run)
+    monkeypatch.setattr(cells.subprocess, "Popen", run)
     monkeypatch.setattr(tool, "write_table", lambda args: None)
     argv = [str(full_tree()), "--output", str(tmp_path / "cv"), "--folds", "2"]
     assert tool.main([*argv, "--form", "a", CONFIG]) == 1
