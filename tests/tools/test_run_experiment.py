@@ -278,7 +278,12 @@ def test_the_grids_are_the_papers(tool, full_tree, tmp_path):
         def cells_of(name, *overrides):
             return build_cells(hydra.compose(name, ["data=phantom", *overrides]))
 
-        assert len(cells_of("figure2")) == 3 * 2 * 2
+        assert len(cells_of("figure2", "hardware=gpu")) == 3 * 2 * 2
+        for cell in cells_of("figure2"):  # on a CPU the network that has weights and is small
+            assert cell.config.name == "csfrcnn_effnet_lite0.yaml"
+            settings = cell.settings()
+            assert settings["MODEL.WEIGHTS"].startswith("timm://")
+            assert settings["INPUT.AUG.SHIFT"] == settings["INPUT.AUG.ROTATE"] == 0
         assert len(cells_of("figure3")) == 5 * 3
         assert len(cells_of("figure4")) == 6 * 3
         assert cells_of("table1") == []
@@ -292,7 +297,7 @@ def test_the_grids_are_the_papers(tool, full_tree, tmp_path):
         assert settings["SOLVER.MAX_ITER"] == 30000 and settings["MODEL.RPN.COST.ALPHA"] == 100.0
         assert settings["MODEL.WEIGHTS"].endswith("R-50.pkl")
         (cell,) = cells_of(
-            *("figure2", "grid.network=[r50]", "grid.augmentation=[plain]"),
+            *("figure2", "hardware=tiny", "grid.network=[r50]", "grid.augmentation=[plain]"),
             *("grid.anchors=[clustered]", "++opts.SOLVER.MAX_ITER=7"),
         )
         settings = cell.settings()
