@@ -8,7 +8,8 @@
     python tools/benchmark.py loader --data path/to/voc_tree --workers 0 1 2
 
 train-step: against stock Detectron2. configs: seconds and peak memory of a training step of each
-config, in a process of its own, from random weights with nothing frozen. diagnosis: at many
+config, in a process of its own, from random weights with nothing frozen; classifiers scale the
+slices to their own input. diagnosis: at many
 thresholds against a loop over scikit-learn's metrics, with the same numbers as result. read-slices:
 a windowed slice against pydicom's pixel_array, apply_rescale and a float64 window, once where the C
 library gives the memory of each array back, as in a process that has just begun, and once where it
@@ -86,7 +87,7 @@ def parse_args(argv=None):
     step.set_defaults(run=train_step)
     each = commands.add_parser("configs", help="time and memory of a training step of each config")
     each.add_argument(
-        "configs", nargs="*", type=Path, metavar="FILE", help="default: configs/*frcnn_*.yaml"
+        "configs", nargs="*", type=Path, metavar="FILE", help="default: all of configs/"
     )
     each.add_argument("--size", type=int, default=512, help="square input, pixels")
     each.add_argument("--batch", type=int, default=1, help="images per step")
@@ -120,8 +121,13 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def synthetic_batch(size: int, batch: int, seed: int = 0) -> list[dict]:
-    """Images of noise, every other one with two boxes, as half of the slices bleed."""
+def synthetic_batch(
+    size: int, batch: int, seed: int = 0, *, sequence_slices: int = 0
+) -> list[dict]:
+    """Images of noise, every other one with two boxes, as half of the slices bleed.
+
+    With ``sequence_slices`` each stands among copies of itself.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for i in range(batch):
@@ -131,7 +137,11 @@ def synthetic_batch(size: int, batch: int, seed: int = 0) -> list[dict]:
         instances.gt_boxes = Boxes(boxes)
         instances.gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
         image = torch.rand(3, size, size, generator=generator) * 255
-        inputs.append({"image": image, "instances": instances, "height": size, "width": size})
+        example = {"image": image, "instances": instances, "height": size, "width": size}
+        example["image_label"] = int(len(boxes) > 0)
+        if sequence_slices:
+            example["sequence"] = image.repeat(2 * sequence_slices + 1, 1, 1, 1)
+        inputs.append(example)
     return inputs
 
 
@@ -207,9 +217,9 @@ def train_step(args) -> None:
 def configs(args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    files = args.configs or sorted(Path("configs").glob("*frcnn_*.yaml"))
+    files = args.configs or sorted(Path("configs").glob("[a-z]*_*.yaml"))
     if not files:
-        raise ValueError("there is no configs/*frcnn_*.yaml here; name config files.")
+        raise ValueError("there is no config in configs/ here; name config files.")
     rows = []
     # Spawned anew for each, since the peak is the process's own, and never falls.
     spawn = multiprocessing.get_context("spawn")
@@ -242,7 +252,8 @@ def measure_config(file: Path, size: int, batch: int, steps: int, warmup: int, t
     sizes = np.geomspace(16, 256, cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_SIZES)
     cfg.MODEL.ANCHOR_GENERATOR.update(anchor_settings(cfg, Anchors(tuple(sizes), tuple(RATIOS[0]))))
     with EventStorage():
-        step = TrainStep(cfg, synthetic_batch(size, batch))
+        inputs = synthetic_batch(size, batch, sequence_slices=cfg.INPUT.SEQUENCE_SLICES)
+        step = TrainStep(cfg, inputs)
         for _ in range(warmup):
             step()
         start = time.process_time()

@@ -34,8 +34,9 @@ def test_a_train_step_is_measured_against_stock(tool, capsys, monkeypatch):
 
 def test_each_config_is_measured_in_a_process_of_its_own(tmp_path):
     # The script itself, since the processes it spawns import it again.
-    files = [tmp_path / "csfrcnn_fpn.yaml", tmp_path / "frcnn_fpn.yaml"]
-    for file, base in zip(files, ("csfrcnn_r50_fpn", "frcnn_effnet_lite0")):
+    names = ("csfrcnn_r50_fpn", "frcnn_effnet_lite0", "classifier_bhcnet_gru")
+    files = [tmp_path / f"{name}.yaml" for name in names]
+    for file, base in zip(files, names):
         file.write_text(f"_BASE_: {ROOT}/configs/{base}.yaml\n")
     options = ["--size", "64", "--steps", "1", "--warmup", "0", "--threads", "1"]
     command = [sys.executable, "-W", "ignore", ROOT / "tools/benchmark.py", "configs"]
@@ -43,12 +44,14 @@ def test_each_config_is_measured_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "1 threads" in lines[0] and "1 x 64 px" in lines[0]
-    fpn, lite0 = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:])
-    assert (fpn[0], lite0[0]) == ("csfrcnn_fpn.yaml", "frcnn_fpn.yaml")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:]]
+    assert [row[0] for row in rows] == [file.name for file in files]
+    fpn, lite0, gru = rows
     # ResNet50 has 23.5 million, FPN 3.3, the box head 13.9, the RPN 0.6.
     assert float(fpn[1]) == pytest.approx(41.3, abs=0.2)
     # Parameters, gradients and momentum, and no memory of the bigger network before.
     assert float(fpn[5]) > float(lite0[5]) + 3 * 36e6 * 4 / 2**30
+    assert float(gru[1]) == pytest.approx(0.3, abs=0.06)
     assert 0 < float(lite0[3]) <= float(lite0[2]) and float(lite0[4]) > 0
 
 
