@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ich_det2.engine.cells import run_cells
-from ich_det2.engine.experiment import build_cells, report
+from ich_det2.engine.experiment import build_cells, check_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -45,6 +45,8 @@ def run(cfg: DictConfig) -> None:
     failures = []
     try:
         cells = build_cells(cfg)
+        if not cfg.report_only:
+            check_data(cfg)
         if cfg.cell is not None:  # of a multirun, whose end reports
             run_cells([cells[cfg.cell]], TRAIN_NET)
             return

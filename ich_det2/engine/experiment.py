@@ -66,6 +66,20 @@ def build_cells(cfg: DictConfig) -> list[Cell]:
     return cells
 
 
+def check_data(cfg: DictConfig) -> None:
+    """Looks for the data before a cell is started.
+
+    Raises:
+        FileNotFoundError: if they are not there.
+    """
+    path = Path(cfg.data.root, "ImageSets", "Main", "train.txt")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}; make the VOC tree '{cfg.data.root}' as datasets/README.md says,"
+            " or give its place by data.root=PATH."
+        )
+
+
 def report(cfg: DictConfig, cells: Sequence[Cell]) -> str:
     """Writes the tables and figures of an experiment from its finished cells.
 

@@ -262,12 +262,17 @@ def test_table_1_counts_slices_and_patients(run, full_tree, tmp_path, capsys):
         (["experiment=figure9"], 2, "experiment is 'figure9', expected one of figure2"),
         (["experiment=figure3", "data=own"], 2, "data.root is not given, expected data.root=VALUE"),
         (["experiment=figure3"], 1, "You must specify 'data'"),
-        (["experiment=figure3", "data=phantom", "jobs=0"], 2, "jobs is 0, expected at least 1"),
-        (["experiment=figure3", "data=phantom", "++opts.NO.SUCH=1"], 2, "NO.SUCH"),
+        (["experiment=figure3", "data=nowhere"], 2, "there is no nowhere/ImageSets/Main/train.txt"),
+        (["experiment=table1", "data=nowhere"], 2, "give its place by data.root=PATH"),
+        (["experiment=figure3", "data=tree", "jobs=0"], 2, "jobs is 0, expected at least 1"),
+        (["experiment=figure3", "data=tree", "++opts.NO.SUCH=1"], 2, "NO.SUCH"),
     ],
 )
-def test_what_is_wrong_is_said(run, tmp_path, capsys, argv, code, message):
-    assert run(*argv, *([f"output={tmp_path}"] if len(argv) > 1 else [])) == code
+def test_what_is_wrong_is_said(run, full_tree, tmp_path, capsys, argv, code, message):
+    roots = {"data=tree": full_tree(), "data=nowhere": "nowhere"}
+    places = [f"data.root={roots[arg]}" for arg in argv if arg in roots]
+    argv = ["data=own" if arg in roots else arg for arg in argv]
+    assert run(*argv, *places, *([f"output={tmp_path}"] if len(argv) > 1 else [])) == code
     output = capsys.readouterr()
     assert message in output.out + output.err
 
