@@ -11,9 +11,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from .dicom import read_identity, read_windowed
+from .dicom import read_identity
+from .inspection import read_grey
 
 THUMBNAIL = 64
 """T; slices are compared at T x T pixels."""
@@ -22,8 +22,6 @@ SAME_CORRELATION = 0.97
 """Thumbnails that correlate at least so much show one slice or neighbours of one patient. In CT-ICH
 the most alike slices of different patients reach 0.920; a slice that was resized and saved as JPEG,
 moved by two pixels, or brightened, keeps 0.992 to its original."""
-
-WINDOW = (40.0, 120.0)
 
 
 @dataclass(frozen=True)
@@ -102,15 +100,7 @@ def thumbnail(path: Path) -> np.ndarray:
     Raises:
         ValueError: naming the file, if it cannot be read.
     """
-    if path.suffix.lower() == ".dcm":
-        grey = read_windowed(path, [WINDOW])[0][..., 0]
-    else:
-        try:
-            with Image.open(path) as image:
-                grey = np.asarray(image.convert("L"))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}.") from error
-    small = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(read_grey(path), (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
     small = small.astype(np.float32).ravel()
     small -= small.mean()
     return small / max(float(np.linalg.norm(small)), 1e-6)
