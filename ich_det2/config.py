@@ -104,7 +104,7 @@ def add_ich_config(cfg: CN) -> None:
     # ---- classifiers of whole slices (META_ARCHITECTURE ImageClassifier) ---------------------
     cfg.MODEL.CLASSIFIER = CN()
     # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionResNetV2,
-    # BHCNet, BHCNetLSTM or BHCNetGRU.
+    # EfficientNetLite0, BHCNet, BHCNetLSTM or BHCNetGRU.
     cfg.MODEL.CLASSIFIER.NAME = "DenseNet121"
     # Side of the network's square input, pixels; slices are scaled to it by their longer side.
     cfg.MODEL.CLASSIFIER.INPUT_SIZE = 224

@@ -8,7 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 
 from ..files import write_atomically
-from ..modeling.backbone.timm_backbone import STATE_PREFIX, pretrained_state_dict
+from ..modeling.backbone.timm_backbone import STATE_PREFIXES, pretrained_state_dict
 from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
 
 TIMM_PREFIX = "timm://"
@@ -52,7 +52,8 @@ def load_tensors(path: str | Path) -> dict:
 class IchCheckpointer(DetectionCheckpointer):
     """:class:`DetectionCheckpointer` that loads only tensors, and takes libraries' weights.
 
-    ``timm://NAME`` are the ImageNet weights of a timm network for :class:`TimmBackbone`,
+    ``timm://NAME`` are the ImageNet weights of a timm network, for :class:`TimmBackbone` and for
+    :class:`ImageClassifier`,
     ``torchvision://NAME`` those of VGG16, Inception V3 and ResNet50 for backbone and head.
     """
 
@@ -70,18 +71,26 @@ class IchCheckpointer(DetectionCheckpointer):
             self._load_torchvision(path)
             return {}
         state = pretrained_state_dict(path[len(TIMM_PREFIX) :])
-        # Layers behind the last feature map (the classifier) are cut off in the model.
         shapes = {key: value.shape for key, value in self.model.state_dict().items()}
-        state = {key: value for key, value in state.items() if shapes.get(key) == value.shape}
+        # A backbone has none of the layers behind its last map, a classifier its own last one.
+        state = {
+            prefix + key: value
+            for prefix in STATE_PREFIXES
+            for key, value in state.items()
+            if shapes.get(prefix + key) == value.shape
+        }
         missing = [
             key
             for key in shapes
-            if key.startswith(STATE_PREFIX) and not key.endswith("tracked") and key not in state
+            if key.startswith(STATE_PREFIXES)
+            and not key.endswith("tracked")
+            and ".classifier." not in key
+            and key not in state
         ]
         if missing or not state:
             raise ValueError(
-                f"MODEL.WEIGHTS is '{path}', but the model's backbone is another network; set"
-                " MODEL.TIMM.NAME to the same."
+                f"MODEL.WEIGHTS is '{path}', but the model is another network; set MODEL.TIMM.NAME"
+                " (of a classifier MODEL.CLASSIFIER.NAME) to the same."
             )
         self._log_incompatible_keys(self._load_model({"model": state}))
         return {}

@@ -4,6 +4,7 @@ Shape glossary: N slices, T neighbouring slices in order, S the side of the netw
 pixels, D features of a slice. All give logits sized (N, 1).
 """
 
+import timm
 import torch
 from fvcore.common.registry import Registry
 from timm.models.inception_resnet_v2 import InceptionResnetV2
@@ -118,6 +119,26 @@ class InceptionResNetV2(InceptionResnetV2):
     def __init__(self, input_size: int = 299):
         _check_size("InceptionResNetV2", input_size, 75)
         super().__init__(num_classes=1, drop_rate=0.2)
+
+
+@CLASSIFIER_REGISTRY.register()
+class EfficientNetLite0(nn.Module):
+    """timm's EfficientNet-Lite0, which is the CPU detectors' backbone, as a whole.
+
+    Beyond the paper: with ``MODEL.WEIGHTS timm://tf_efficientnet_lite0`` a classifier starts from
+    the weights that a detector starts from.
+    """
+
+    def __init__(self, input_size: int = 320):
+        super().__init__()
+        _check_size("EfficientNetLite0", input_size, 32)
+        self.model = timm.create_model("tf_efficientnet_lite0", num_classes=1, drop_rate=0.2)
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # its own 0.01 lags behind in some hundred steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x)
 
 
 @CLASSIFIER_REGISTRY.register()

@@ -15,7 +15,7 @@ from ich_det2.engine.setup import check_config, context_settings
 SMALL = {"AlexNet": 63, "InceptionResNetV2": 75}
 CONFIGS = (
     *("lenet", "alexnet", "googlenet", "densenet121", "inception_resnet_v2"),
-    *("bhcnet", "bhcnet_lstm", "bhcnet_gru"),
+    *("effnet_lite0", "bhcnet", "bhcnet_lstm", "bhcnet_gru"),
 )
 
 

@@ -20,6 +20,7 @@ PARAMETERS = {
     "GoogLeNet": 6_624_904 - 999 * 1025,
     "DenseNet121": 7_978_856 - 999 * 1025,
     "InceptionResNetV2": 55_843_464 - 999 * 1537,
+    "EfficientNetLite0": 4_652_008 - 999 * 1281,
     "BHCNet": BHCNET,
     "BHCNetLSTM": BHCNET + 2 * 4 * GATE,
     "BHCNetGRU": BHCNET + 2 * 3 * GATE,

