@@ -347,13 +347,21 @@ def plot_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], names, targe
         names: of the columns.
         target: where.
     """
-    figure = Figure(figsize=(4.5 * len(names), 5.0 * len(rows)), layout="constrained")
+    flat = [
+        (f"{name}\n{title}", picture)
+        for title, pictures in rows
+        for name, picture in zip(names, pictures)
+    ]
+    columns = len(names) * min(2, len(rows))  # two slices in a row
+    lines = math.ceil(len(flat) / columns)
+    figure = Figure(figsize=(4.0 * columns, 4.5 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (title, pictures) in zip(figure.subplots(len(rows), len(names), squeeze=False), rows):
-        for ax, name, picture in zip(axes, names, pictures):
-            ax.imshow(picture)
-            ax.set_axis_off()
-            ax.set_title(f"{name}\n{title}", fontsize="small")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, (title, picture) in zip(axes, flat):
+        ax.imshow(picture)
+        ax.set_title(title, fontsize="small")
     _save(figure, target)
 
 

@@ -149,9 +149,14 @@ def test_curves_have_a_line_for_each_method_and_a_band_over_seeds(tmp_path, axes
 
 def test_pictures_stand_side_by_side(tmp_path, axes):
     pictures = [np.full((40, 40, 3), value, dtype=np.uint8) for value in (0, 200)]
-    plot_pictures([("found", pictures), ("missed", pictures)], ["one", "two"], tmp_path / "p.png")
+    titles = ("found", "missed", "odd")
+    rows = [(title, pictures) for title in titles]
+    plot_pictures(rows, ["one", "two"], tmp_path / "p.png")
     assert_picture(tmp_path / "p.png")
+    assert len(axes) == 8  # two slices in a row
     assert [ax.get_title() for ax in axes] == [
-        *("one\nfound", "two\nfound", "one\nmissed", "two\nmissed"),
+        *(f"{name}\n{title}" for title in titles for name in ("one", "two")),
+        *("", ""),
     ]
-    assert [int(ax.images[0].get_array().max()) for ax in axes] == [0, 200, 0, 200]
+    assert [int(ax.images[0].get_array().max()) for ax in axes[:6]] == [0, 200] * 3
+    assert not any(ax.axison for ax in axes)
