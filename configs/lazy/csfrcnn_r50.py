@@ -45,7 +45,7 @@ model.proposal_generator.anchor_generator.update(
     _target_=ClusteredAnchorGenerator,
     sizes=[],  # sqrt(area), network-input pixels; of tools/cluster_anchors.py
     aspect_ratios=[],  # height / width; likewise
-    offset=0.5,
+    offset=0.0,
 )
 del model.roi_heads.mask_head
 model.roi_heads.num_classes = 1

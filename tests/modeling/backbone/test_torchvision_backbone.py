@@ -1,5 +1,7 @@
 """torchvision's networks as backbones: sizes, stride, centres, frozen layers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torchvision.models import get_model_weights, vgg16
 from ich_det2 import add_ich_config
 from ich_det2.modeling.backbone.torchvision_backbone import vgg16_layers
 
+CONFIGS = Path(__file__).parents[3] / "configs"
 BUILDERS = {"vgg16": "build_vgg16_backbone", "inception_v3": "build_inception_v3_backbone"}
 
 
@@ -86,13 +89,19 @@ def centre_offset(backbone, monkeypatch, *, upright=False):
     return (seen[0] + seen[-1] + 1).item() / 2 - centre, by_weight.item() - centre
 
 
-# Anchors stand at (i + 0.5) * 16. Padding all of Inception's windows alike would give -7.5.
+# Padding all of Inception's windows alike would give -7.5, as ResNet's.
 @pytest.mark.parametrize("upright", [False, True])
-@pytest.mark.parametrize(("network", "offset"), [("vgg16", 0.0), ("inception_v3", 0.5)])
-def test_cells_are_centred(network, offset, upright, monkeypatch):
-    by_support, by_weight = centre_offset(build(network), monkeypatch, upright=upright)
+@pytest.mark.parametrize(
+    ("network", "offset"), [("vgg16", 0.0), ("inception_v3", 0.5), ("r50", -7.5)]
+)
+def test_anchors_stand_where_cells_look(network, offset, upright, monkeypatch):
+    cfg = get_cfg()
+    add_ich_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / f"csfrcnn_{network}.yaml"))
+    by_support, by_weight = centre_offset(build_backbone(cfg), monkeypatch, upright=upright)
     assert by_support == offset
     assert by_weight == pytest.approx(offset, abs=1e-6)
+    assert abs((cfg.MODEL.ANCHOR_GENERATOR.OFFSET - 0.5) * 16 - offset) <= 0.5
 
 
 @pytest.mark.parametrize(
