@@ -324,13 +324,14 @@ def plot_curves(rows: Sequence[dict], panels: Sequence[str], target: Target) -> 
     """
     figure, panels_axes = _figure(len(panels), width=5.0)
     for ax, metric in zip(panels_axes, panels):
-        for name in dict.fromkeys(row["name"] for row in rows):
+        for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
             same = [row for row in rows if row["name"] == name]
             x, mean, std = (
                 np.array([row[key] for row in same])
                 for key in ("threshold", f"{metric} mean", f"{metric} std")
             )
-            (line,) = ax.plot(x, mean, label=name)
+            # Matplotlib has ten colours and begins again.
+            (line,) = ax.plot(x, mean, "-" if i % 20 < 10 else "--", label=name)
             low, high = np.clip([mean - std, mean + std], 0, 1)
             ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         ax.set(xlabel="threshold", ylabel=metric, xlim=(0, 1), ylim=(-0.02, 1.02))

@@ -147,6 +147,16 @@ def test_curves_have_a_line_for_each_method_and_a_band_over_seeds(tmp_path, axes
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0.4, 0.9))
 
 
+def test_no_two_of_twenty_curves_look_alike(tmp_path, axes):
+    rows = [
+        {"name": f"m{i}", "threshold": t, "recall mean": t, "recall std": np.nan}
+        for i in range(20)
+        for t in (0.2, 0.5)
+    ]
+    plot_curves(rows, ["recall"], tmp_path / "c.png")
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes[0].lines}) == 20
+
+
 def test_pictures_stand_side_by_side(tmp_path, axes):
     pictures = [np.full((40, 40, 3), value, dtype=np.uint8) for value in (0, 200)]
     titles = ("found", "missed", "odd")
