@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ich_det2.data.prepare import progress
 from ich_det2.data.splits import find_images, read_patients
+from ich_det2.data.tree_writer import VocWriter
 from ich_det2.data.voc import read_voc
-from ich_det2.data.voc_writer import VocWriter
 from ich_det2.files import write_atomically
 
 

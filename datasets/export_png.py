@@ -20,7 +20,7 @@ from PIL import Image
 
 from ich_det2.data.dicom import read_identity, read_series, read_windowed
 from ich_det2.data.prepare import progress, warn
-from ich_det2.data.voc_writer import pseudonym
+from ich_det2.data.tree_writer import pseudonym
 from ich_det2.files import remove_leftovers, write_atomically
 
 INDEX = "export.json"

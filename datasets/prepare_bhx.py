@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ich_det2.data.dicom import read_identity, read_series, read_size
 from ich_det2.data.prepare import progress, run_preparer, warn
-from ich_det2.data.voc_writer import pseudonym
+from ich_det2.data.tree_writer import pseudonym
 
 NAMES = {
     "Intraventricular": "IVH",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ich_det2.data.dicom.writing import encode_ct
 from ich_det2.data.prepare import progress, run_preparer, warn
-from ich_det2.data.voc_writer import boxes_of_mask
+from ich_det2.data.tree_writer import boxes_of_mask
 from ich_det2.data.volumes import read_with_mask
 
 DIAGNOSES = "hemorrhage_diagnosis_raw_ct.csv"

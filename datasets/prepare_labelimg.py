@@ -20,8 +20,8 @@ from PIL import Image
 
 from ich_det2.data.dicom import read_identity, read_place, read_series, read_size
 from ich_det2.data.prepare import progress, run_preparer, warn
+from ich_det2.data.tree_writer import pseudonym
 from ich_det2.data.voc import read_voc
-from ich_det2.data.voc_writer import pseudonym
 
 SUFFIXES = (".dcm", ".png", ".jpg", ".jpeg")
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ich_det2.data.dicom.writing import encode_ct
 from ich_det2.data.prepare import progress, run_preparer
-from ich_det2.data.voc_writer import boxes_of_mask
+from ich_det2.data.tree_writer import boxes_of_mask
 from ich_det2.data.volumes import read_with_mask
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")

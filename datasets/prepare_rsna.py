@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ich_det2.data.dicom import read_identity, read_place, read_size
 from ich_det2.data.prepare import progress, run_preparer, warn
-from ich_det2.data.voc_writer import pseudonym
+from ich_det2.data.tree_writer import pseudonym
 
 
 def main(argv=None) -> int:

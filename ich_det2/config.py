@@ -1,14 +1,34 @@
 """Every key that ich_det2 adds to Detectron2's config, with its default and unit."""
 
-from detectron2.config import CfgNode as CN
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 
-def add_ich_config(cfg: CN) -> None:
+def add_ich_config(cfg: CfgNode) -> None:
     """Adds ich_det2's keys to a Detectron2 config, in place. Detectron2's own defaults stay.
+
+    The parts that read the keys are registered with it.
 
     Args:
         cfg: a config from ``detectron2.config.get_cfg()``.
+
+    Raises:
+        ImportError: Detectron2 is not installed.
     """
+    if importlib.util.find_spec("detectron2") is None:
+        raise ImportError(
+            "ich_det2 extends Detectron2, which is not installed in this environment: run `make"
+            " setup` in a clone of ich_det2, or install Detectron2 as docs/install.md says."
+        )
+    from detectron2.config import CfgNode as CN
+
+    from . import modeling as _  # noqa: F401  only registration
+
     # ---- data ------------------------------------------------------------------------------
     # VOC tree with Annotations/, DICOM/ or JPEGImages/, ImageSets/Main/{train,val,test}.txt.
     cfg.DATASETS.ICH_ROOT = "datasets/phantom"

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.setup import check_config, load_config
+from ich_det2.engine.checks import check_config
+from ich_det2.engine.config import load_config
 from ich_det2.evaluation import plots
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,7 @@ def train(config, root, out, max_iter, resume=False):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_it_trains_is_saved_goes_on_and_is_evaluated(config, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "_save", lambda figure, target: None)  # drawn in other tests
+    monkeypatch.setattr(plots, "save_figure", lambda figure, target: None)  # drawn in other tests
     out = tmp_path / "out"
     _, first = train(config, root, out, 2)
     assert first["iteration"] == 1

@@ -23,7 +23,7 @@ from detectron2.utils.events import EventStorage
 
 import ich_det2
 from ich_det2.data import register_ich_voc
-from ich_det2.engine.setup import anchor_settings, clustered_anchors
+from ich_det2.engine.anchors import anchor_settings, clustered_anchors
 
 ROOT = Path(__file__).parents[1]
 C4 = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"

@@ -46,12 +46,9 @@ from ich_det2.data import register_ich_datasets
 from ich_det2.data.cache import SliceCache
 from ich_det2.data.dicom import apply_window, read_hu, read_series, read_windowed
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.setup import (
-    anchor_settings,
-    context_settings,
-    load_config,
-    thaw_without_weights,
-)
+from ich_det2.engine.anchors import anchor_settings
+from ich_det2.engine.checks import thaw_without_weights
+from ich_det2.engine.config import context_settings, load_config
 from ich_det2.evaluation.diagnosis import (
     confusion_at_thresholds,
     diagnosis_metrics,

@@ -22,14 +22,14 @@ from tabulate import tabulate
 
 from ich_det2.anchors import AnchorPairs, Anchors, best_iou
 from ich_det2.data import register_ich_datasets
-from ich_det2.engine.setup import (
+from ich_det2.engine.anchors import (
     anchor_levels,
     anchor_settings,
     boxes_wh_of,
     clustered_anchors,
-    load_config,
     training_boxes_wh,
 )
+from ich_det2.engine.config import load_config
 from ich_det2.evaluation.plots import plot_anchors
 from ich_det2.files import write_atomically
 

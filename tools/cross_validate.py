@@ -27,11 +27,11 @@ from tabulate import tabulate
 
 from ich_det2.data.splits import find_images, read_patients, split_by_group
 from ich_det2.data.voc import read_voc
-from ich_det2.engine.cells import Cell, run_cells
-from ich_det2.engine.setup import load_config
+from ich_det2.engine.config import load_config
 from ich_det2.evaluation.boxes import average_precision, box_recall
 from ich_det2.evaluation.diagnosis import recall_at_specificity, roc_auc_score, summarize
 from ich_det2.evaluation.intervals import bootstrap_by_group
+from ich_det2.experiments.cells import Cell, run_cells
 from ich_det2.files import write_atomically, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,19 +28,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ich_det2 import __version__
-from ich_det2.engine.inference import (
-    Detections,
-    Diagnoser,
-    Skipped,
-    Slice,
-    find_slices,
-    load_run,
-)
+from ich_det2.engine.config import context_settings
 from ich_det2.engine.operating_point import find_operating_point
-from ich_det2.engine.setup import context_settings
 from ich_det2.evaluation.diagnosis import diagnose, patient_scores
 from ich_det2.evaluation.visualize import draw_overlay
 from ich_det2.files import sha256, write_atomically, write_csv
+from ich_det2.inference.diagnoser import Detections, Diagnoser, load_run
+from ich_det2.inference.slices import Skipped, Slice, find_slices
 
 TOOL = "ich_det2 tools/diagnose.py"
 NOTICE = (

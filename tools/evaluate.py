@@ -23,9 +23,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ich_det2.data.mapper import IchDatasetMapper
+from ich_det2.engine.config import load_config
 from ich_det2.engine.operating_point import build_settings
 from ich_det2.engine.report import read_history, read_metrics, training_facts
-from ich_det2.engine.setup import load_config
 from ich_det2.evaluation.analysis import LEVELS
 from ich_det2.evaluation.diagnosis import parse_rule
 from ich_det2.evaluation.evaluator import format_summary, write_evaluation

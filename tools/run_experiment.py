@@ -30,8 +30,8 @@ import hydra
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from ich_det2.engine.cells import run_cells
-from ich_det2.engine.experiment import build_cells, check_data, report
+from ich_det2.experiments.cells import run_cells
+from ich_det2.experiments.experiment import build_cells, check_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

@@ -20,11 +20,13 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ich_det2.cli import log_to_terminal
 from ich_det2.data import register_ich_datasets
 from ich_det2.engine import IchCheckpointer, IchTrainer
+from ich_det2.engine.checks import check_config
+from ich_det2.engine.config import context_settings, load_config
 from ich_det2.engine.operating_point import check_operating_point, find_operating_point
 from ich_det2.engine.report import write_reports
-from ich_det2.engine.setup import check_config, context_settings, load_config, log_to_terminal
 
 
 def train(args, cfg) -> dict:

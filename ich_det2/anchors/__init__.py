@@ -1,19 +1,17 @@
 """Anchors from data."""
 
-from .clustering import (
-    AnchorPairs,
-    Anchors,
-    anchor_recall,
-    best_iou,
-    cluster_anchors,
-    cluster_pairs,
-)
+from ..lazy import attach
 
-__all__ = [
-    "AnchorPairs",
-    "Anchors",
-    "anchor_recall",
-    "best_iou",
-    "cluster_anchors",
-    "cluster_pairs",
-]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".clustering": [
+            "AnchorPairs",
+            "Anchors",
+            "anchor_recall",
+            "best_iou",
+            "cluster_anchors",
+            "cluster_pairs",
+        ]
+    },
+)

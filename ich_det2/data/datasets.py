@@ -11,8 +11,8 @@ from PIL import Image, UnidentifiedImageError
 from .context import find_context
 from .dicom import read_identity, read_size
 from .splits import find_images, read_labels, read_patients
+from .tree_writer import pseudonym
 from .voc import VocAnnotation, read_voc
-from .voc_writer import pseudonym
 
 SPLITS = ("train", "val", "test")
 

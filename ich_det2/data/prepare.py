@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from .voc_writer import VocWriter
+from .tree_writer import VocWriter
 
 
 def run_preparer(

@@ -1,7 +1,12 @@
 """Training: trainer, checkpoints, hooks, and the checks before a run."""
 
-from .checkpoint import IchCheckpointer
-from .hooks import BestCheckpointer, DiagnosisHook
-from .trainer import IchTrainer
+from ..lazy import attach
 
-__all__ = ["BestCheckpointer", "DiagnosisHook", "IchCheckpointer", "IchTrainer"]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".checkpoint": ["IchCheckpointer"],
+        ".hooks": ["BestCheckpointer", "DiagnosisHook"],
+        ".trainer": ["IchTrainer"],
+    },
+)

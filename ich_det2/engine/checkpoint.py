@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..files import write_atomically
@@ -155,3 +157,17 @@ class IchCheckpointer(DetectionCheckpointer):
         # A run killed while fvcore writes the file could not be resumed.
         with write_atomically(Path(self.save_dir) / "last_checkpoint") as f:
             f.write(last_filename_basename)
+
+
+def load_trained(cfg: CfgNode, weights: str | Path):
+    """Builds a model and loads a trained checkpoint.
+
+    Returns:
+        The model in evaluation mode on ``cfg.MODEL.DEVICE``.
+
+    Raises:
+        ValueError: if the file is no checkpoint.
+    """
+    model = build_model(cfg)
+    IchCheckpointer(model).load(str(weights))
+    return model.eval()

@@ -16,8 +16,8 @@ from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
 from ..evaluation.report import Model, ReadImage, write_report
 from ..version import __version__
+from .config import is_classifier
 from .operating_point import build_settings
-from .setup import is_classifier
 
 HISTORY = "diagnosis_history.csv"
 

@@ -18,11 +18,11 @@ from ..data.augmentation import expand_dataset
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import DiagnosisEvaluator
 from .checkpoint import IchCheckpointer
+from .config import is_classifier
 from .hooks import BEST_CHECKPOINT, BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
 from .operating_point import choose_operating_point
 from .report import write_reports
 from .resume import ResumableLoader, seed_generators
-from .setup import is_classifier
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,11 @@
 """From boxes to a diagnosis, and how good it is."""
 
-from .diagnosis import confusion_at_thresholds, diagnose, roc_auc_score, summarize
-from .evaluator import DiagnosisEvaluator
+from ..lazy import attach
 
-__all__ = [
-    "DiagnosisEvaluator",
-    "confusion_at_thresholds",
-    "diagnose",
-    "roc_auc_score",
-    "summarize",
-]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        ".diagnosis": ["confusion_at_thresholds", "diagnose", "roc_auc_score", "summarize"],
+        ".evaluator": ["DiagnosisEvaluator"],
+    },
+)

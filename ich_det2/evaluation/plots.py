@@ -1,9 +1,8 @@
-"""Curves of the diagnosis, how anchors fit boxes, an experiment's figures: files, or SVG in a page.
+"""Curves of the diagnosis, and how anchors fit boxes: files, or SVG in a page.
 
 A ``target`` is the path of a PNG or SVG file, or a binary buffer, which gets SVG.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +22,6 @@ from .diagnosis import (
     roc_auc_score,
     roc_curve,
 )
-from .experiment import SEED, groups_of, spread
 
 Target = str | Path | BinaryIO
 PLOTTED = ("accuracy", "recall", "precision", "specificity", "npv", "f1")
@@ -38,7 +36,7 @@ def plot_thresholds(table: Sequence[dict], operating_threshold: float, target: T
         target: where.
     """
     levels = list(dict.fromkeys(row["level"] for row in table))
-    figure, axes = _figure(len(levels))
+    figure, axes = new_figure(len(levels))
     for ax, level in zip(axes, levels):
         rows = [row for row in table if row["level"] == level]
         for metric in PLOTTED:
@@ -47,7 +45,7 @@ def plot_thresholds(table: Sequence[dict], operating_threshold: float, target: T
         ax.set(title=f"{level} level", xlabel="threshold", ylim=(-0.02, 1.02), xlim=(0, 1))
         ax.grid(alpha=0.3)
     axes[-1].legend(fontsize="small", loc="lower left")
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def plot_roc(
@@ -60,7 +58,7 @@ def plot_roc(
         operating_threshold: drawn as a dot on each curve; one for all, or by name.
         target: where.
     """
-    figure, (ax,) = _figure(1)
+    figure, (ax,) = new_figure(1)
     for level, (y_true, y_score) in levels.items():
         false_alarms, recall, _ = roc_curve(y_true, y_score)
         label = f"{level}, AUC {roc_auc_score(y_true, y_score):.3f}"
@@ -72,14 +70,14 @@ def plot_roc(
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     ax.grid(alpha=0.3)
     ax.legend(loc="lower right")
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def plot_pr(
     levels: dict[str, tuple], operating_threshold: float | Mapping[str, float], target: Target
 ) -> None:
     """Precision-recall curves with the operating point; arguments as :func:`plot_roc`."""
-    figure, (ax,) = _figure(1)
+    figure, (ax,) = new_figure(1)
     for level, (y_true, y_score) in levels.items():
         precision, recall, _ = pr_curve(y_true, y_score)
         label = f"{level}, AP {average_precision_score(y_true, y_score):.3f}"
@@ -91,7 +89,7 @@ def plot_pr(
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     ax.grid(alpha=0.3)
     ax.legend(loc="lower left")
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def _at(y_true, y_score, operating_threshold, name: str) -> dict[str, float]:
@@ -108,7 +106,7 @@ def plot_froc(curves: dict[str, tuple], target: Target) -> None:
         curves: name -> (false positives a scan, sensitivity).
         target: where.
     """
-    figure, (ax,) = _figure(1)
+    figure, (ax,) = new_figure(1)
     for name, (false_positives, sensitivity) in curves.items():
         ax.step(np.maximum(false_positives, 1 / 32), sensitivity, where="post", label=name)
     rates = [2.0**i for i in range(-4, 5)]
@@ -118,7 +116,7 @@ def plot_froc(curves: dict[str, tuple], target: Target) -> None:
     ax.set(xlabel="false positives a scan", ylabel="sensitivity for lesions")
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small", loc="upper left")
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def plot_calibration(forms: dict[str, dict], target: Target) -> None:
@@ -128,7 +126,7 @@ def plot_calibration(forms: dict[str, dict], target: Target) -> None:
         forms: name -> bins of ``reliability``.
         target: where.
     """
-    figure, (ax,) = _figure(1)
+    figure, (ax,) = new_figure(1)
     ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     for name, bins in forms.items():
         score, observed = np.array(bins["score"]), np.array(bins["observed"])
@@ -143,7 +141,7 @@ def plot_calibration(forms: dict[str, dict], target: Target) -> None:
     ax.grid(alpha=0.3)
     if forms:
         ax.legend(fontsize="small", loc="upper left")
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def plot_training(rows: Sequence[dict], target: Target) -> None:
@@ -153,7 +151,7 @@ def plot_training(rows: Sequence[dict], target: Target) -> None:
         rows: of metrics.json, with "iteration" and "rpn/..." scalars.
         target: where.
     """
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     panels = (
         ("ratio k of positives to negatives", ("rpn/ratio_target", "rpn/ratio_actual")),
         ("objectness of positive anchors", ("rpn/pos_score_mean",)),
@@ -167,7 +165,7 @@ def plot_training(rows: Sequence[dict], target: Target) -> None:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize="small")
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def plot_history(history: Sequence[dict], target: Target) -> None:
@@ -177,7 +175,7 @@ def plot_history(history: Sequence[dict], target: Target) -> None:
         history: rows with "iteration" and metrics in [0, 1] or, under "bbox/", in percent.
         target: where.
     """
-    figure, axes = _figure(2)
+    figure, axes = new_figure(2)
     diagnosis = ("image_auc", "patient_auc", "image_recall", "image_specificity")
     panels = ({f"diagnosis/{key}": 1 for key in diagnosis}, {"bbox/AP50": 100, "bbox/AP": 100})
     for ax, scales in zip(axes, panels):
@@ -189,7 +187,7 @@ def plot_history(history: Sequence[dict], target: Target) -> None:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize="small", loc="lower right")
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def plot_anchors(
@@ -202,7 +200,7 @@ def plot_anchors(
         candidates: name -> anchors.
         path: PNG file.
     """
-    figure, axes = _figure(len(candidates) + 1, width=4.0)
+    figure, axes = new_figure(len(candidates) + 1, width=4.0)
     shown = boxes_wh[:: -(-len(boxes_wh) // 5000)]
     low, high = shown.min() / 1.5, shown.max() * 1.5
     ticks = [t for t in np.outer(10.0 ** np.arange(-2, 5), (1, 2, 5)).ravel() if low < t < high]
@@ -228,152 +226,17 @@ def plot_anchors(
     axes[-1].set(xlim=(0, 1), ylim=(0, 1.02), title="best possible recall")
     axes[-1].grid(alpha=0.3)
     axes[-1].legend(fontsize="small", loc="lower left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-# ---- of an experiment --------------------------------------------------------------------------
-
-
-def plot_bars(
-    rows: Sequence[dict], axes: Sequence[str], panels: Mapping[str, str], target: Target
-) -> None:
-    """Grouped bars of the mean over seeds, as the paper's figure 2; lines: standard deviation.
-
-    Args:
-        rows: of trainings, see ``evaluation.experiment``.
-        axes: the first makes the groups, the others the bars within.
-        panels: title -> name of a metric.
-        target: where.
-    """
-    figure, panels_axes = _figure(len(panels))
-    first, *others = (axis for axis in axes if axis != SEED)
-    groups = list(dict.fromkeys(row[first] for row in rows))
-    bars = list(groups_of(rows, others))
-    width = 0.8 / max(len(bars), 1)
-    for ax, (title, metric) in zip(panels_axes, panels.items()):
-        for b, bar in enumerate(bars):
-            found = [
-                spread([float(r.get(metric, math.nan)) for r in same])
-                for group in groups
-                for same in [groups_of(rows, axes).get((group, *bar), [])]
-            ]
-            x = np.arange(len(groups)) + (b + 0.5) * width - 0.4
-            ax.bar(
-                x,
-                [f["mean"] for f in found],
-                0.92 * width,
-                yerr=[0 if math.isnan(f["std"]) else f["std"] for f in found],
-                error_kw={"elinewidth": 0.8},
-                label=", ".join(f"{k} {v}" for k, v in zip(others, bar)) or None,
-            )
-        ax.set_xticks(range(len(groups)), groups)
-        ax.set(title=title, xlabel=first)
-        ax.set_ylim(bottom=0)
-        ax.grid(alpha=0.3, axis="y")
-    if bars and others:
-        figure.legend(
-            *panels_axes[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=min(len(bars), 4),
-            fontsize="small",
-        )
-    _save(figure, target)
-
-
-def plot_search(
-    rows: Sequence[dict], axis: str, panels: Mapping[str, str], picked, target: Target
-) -> None:
-    """Metrics over a searched value, as the paper's figure 3: a dot a seed, a line of the means.
-
-    Args:
-        rows: of trainings, see ``evaluation.experiment``.
-        axis: name of the value, above 0.
-        panels: title -> name of a metric.
-        picked: the value to mark; None marks none.
-        target: where.
-    """
-    figure, panels_axes = _figure(len(panels))
-    of_value = {value: same for (value,), same in sorted(groups_of(rows, [axis]).items())}
-    for ax, (title, metric) in zip(panels_axes, panels.items()):
-        scores = {v: [float(r.get(metric, math.nan)) for r in of_value[v]] for v in of_value}
-        points = [(v, score) for v in scores for score in scores[v]]
-        ax.plot(*zip(*points), "o", color="C0", alpha=0.5, markersize=4, label="seeds")
-        ax.plot(
-            list(scores), [spread(s)["mean"] for s in scores.values()], color="C0", label="mean"
-        )
-        if picked is not None:
-            ax.axvline(picked, color="C1", linestyle="--", label=f"picked: {picked:g}")
-        ax.set_xscale("log")
-        ax.set_xticks(list(of_value), [f"{value:g}" for value in of_value])
-        ax.set_xticks([], minor=True)
-        ax.set(title=title, xlabel=axis)
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
-    _save(figure, target)
-
-
-def plot_curves(rows: Sequence[dict], panels: Sequence[str], target: Target) -> None:
-    """Metrics over thresholds of several methods, as the paper's figure 4.
-
-    A line of the means, in a band of one standard deviation over seeds to either side.
-
-    Args:
-        rows: of ``threshold_curves``.
-        panels: metrics.
-        target: where.
-    """
-    figure, panels_axes = _figure(len(panels), width=5.0)
-    for ax, metric in zip(panels_axes, panels):
-        for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
-            same = [row for row in rows if row["name"] == name]
-            x, mean, std = (
-                np.array([row[key] for row in same])
-                for key in ("threshold", f"{metric} mean", f"{metric} std")
-            )
-            # Matplotlib has ten colours and begins again.
-            (line,) = ax.plot(x, mean, "-" if i % 20 < 10 else "--", label=name)
-            low, high = np.clip([mean - std, mean + std], 0, 1)
-            ax.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        ax.set(xlabel="threshold", ylabel=metric, xlim=(0, 1), ylim=(-0.02, 1.02))
-        ax.grid(alpha=0.3)
-    panels_axes[0].legend(fontsize="small")
-    _save(figure, target)
-
-
-def plot_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], names, target: Target) -> None:
-    """Pictures of the same slices side by side, as the paper's figure 5.
-
-    Args:
-        rows: title and one RGB picture for each name.
-        names: of the columns.
-        target: where.
-    """
-    flat = [
-        (f"{name}\n{title}", picture)
-        for title, pictures in rows
-        for name, picture in zip(names, pictures)
-    ]
-    columns = len(names) * min(2, len(rows))  # two slices in a row
-    lines = math.ceil(len(flat) / columns)
-    figure = Figure(figsize=(4.0 * columns, 4.5 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for ax in axes:
-        ax.set_axis_off()
-    for ax, (title, picture) in zip(axes, flat):
-        ax.imshow(picture)
-        ax.set_title(title, fontsize="small")
-    _save(figure, target)
-
-
-def _figure(columns: int, width: float = 6.0):
+def new_figure(columns: int, width: float = 6.0):
     # Without pyplot: no global state, no display.
     figure = Figure(figsize=(width * columns, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _save(figure: Figure, target: Target) -> None:
+def save_figure(figure: Figure, target: Target) -> None:
     if hasattr(target, "write"):
         # Without date and random names, the same numbers give the same bytes.
         with matplotlib.rc_context({"svg.hashsalt": "ich_det2"}):
@@ -381,7 +244,7 @@ def _save(figure: Figure, target: Target) -> None:
         return
     if Path(target).suffix == ".svg":
         with write_atomically(target, "wb") as file:
-            _save(figure, file)
+            save_figure(figure, file)
         return
     with write_atomically(target, "wb") as file:
         figure.savefig(file, format="png", dpi=120)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ich_det2.data.tree_writer import JOURNAL
 from ich_det2.data.voc import write_voc
-from ich_det2.data.voc_writer import JOURNAL
 
 ROOT = Path(__file__).parents[2]
 RAS = np.diag([0.5, 0.5, 5, 1])

@@ -9,8 +9,10 @@ import torch
 from pydicom import dcmread
 
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.inference import Diagnoser, find_slices, load_run
-from ich_det2.engine.setup import check_config, context_settings
+from ich_det2.engine.checks import check_config
+from ich_det2.engine.config import context_settings
+from ich_det2.inference.diagnoser import Diagnoser, load_run
+from ich_det2.inference.slices import find_slices
 
 SMALL = {"AlexNet": 63, "InceptionResNetV2": 75}
 CONFIGS = (

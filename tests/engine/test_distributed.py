@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.setup import load_config
+from ich_det2.engine.config import load_config
 from ich_det2.modeling.sampling import AdaptiveRatioSampler, SampledAnchors, next_ratio
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from ich_det2.engine import IchCheckpointer, IchTrainer
-from ich_det2.engine.setup import check_config
+from ich_det2.engine.checks import check_config
 
 ROOT = Path(__file__).parents[2]
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.setup import check_config
+from ich_det2.engine.checks import check_config
 
 
 @pytest.fixture

@@ -6,16 +6,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ich_det2.evaluation.diagnosis import diagnosis_table
-from ich_det2.evaluation.plots import (
-    PLOTTED,
-    plot_bars,
-    plot_curves,
-    plot_history,
-    plot_pictures,
-    plot_roc,
-    plot_search,
-    plot_thresholds,
-)
+from ich_det2.evaluation.plots import PLOTTED, plot_history, plot_roc, plot_thresholds
+from ich_det2.experiments.figures import plot_bars, plot_curves, plot_pictures, plot_search
 
 LEVELS = {
     "image": (np.array([1, 0, 1, 0]), np.array([0.9, 0.4, 0.4, 0.1])),

@@ -13,8 +13,8 @@ from pydicom import dcmread
 
 from ich_det2.data import IchDatasetMapper, load_ich_voc
 from ich_det2.engine import IchTrainer
-from ich_det2.engine.inference import find_slices
-from ich_det2.engine.setup import check_config
+from ich_det2.engine.checks import check_config
+from ich_det2.inference.slices import find_slices
 
 REPO = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("diagnose", REPO / "tools/diagnose.py")

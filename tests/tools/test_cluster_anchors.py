@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ich_det2.data import register_ich_datasets
-from ich_det2.engine.setup import fill_anchors, load_config, needs_anchors
+from ich_det2.engine.anchors import fill_anchors, needs_anchors
+from ich_det2.engine.config import load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "csfrcnn_r50.yaml")

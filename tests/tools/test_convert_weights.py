@@ -13,7 +13,7 @@ from torchvision.models import get_model_weights
 from torchvision.models._api import WeightsEnum
 
 from ich_det2.engine import IchCheckpointer
-from ich_det2.engine.setup import check_weights
+from ich_det2.engine.checks import check_weights
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,8 +14,13 @@ from tabulate import tabulate
 
 from ..data.inspection import split_table
 from ..data.mapper import IchDatasetMapper
-from ..evaluation import plots
-from ..evaluation.experiment import (
+from ..engine.config import load_config
+from ..evaluation.predictions import read_predictions
+from ..evaluation.visualize import draw_predictions
+from ..files import write_atomically, write_csv, write_json
+from . import figures
+from .cells import Cell, flatten
+from .results import (
     SEED,
     patterns,
     read_results,
@@ -23,11 +28,6 @@ from ..evaluation.experiment import (
     spread_table,
     threshold_curves,
 )
-from ..evaluation.predictions import read_predictions
-from ..evaluation.visualize import draw_predictions
-from ..files import write_atomically, write_csv, write_json
-from .cells import Cell, flatten
-from .setup import load_config
 
 FORMATS = ("png", "svg")
 
@@ -148,7 +148,7 @@ def _tables(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> tuple[list[dic
 
 def _bars(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
     rows, text = _tables(cfg, folder, cells)
-    _draw(folder, cfg, plots.plot_bars, rows, list(cfg["grid"]), cfg["bars"])
+    _draw(folder, cfg, figures.plot_bars, rows, list(cfg["grid"]), cfg["bars"])
     return _write(folder, text)
 
 
@@ -161,7 +161,7 @@ def _search(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
     (tested,) = spread_table(chosen, [axis], test)
     values = {key: value for key, value in tested.items() if key != axis}
     write_json(folder / "selected.json", {**picked, "test": values})
-    _draw(folder, cfg, plots.plot_search, rows, axis, cfg["metrics"], picked[axis])
+    _draw(folder, cfg, figures.plot_search, rows, axis, cfg["metrics"], picked[axis])
     found = ", ".join(f"{column} {_spread(tested, column)}" for column in test)
     words = f"By {metric}, {axis} {picked[axis]:g} is picked of {picked['candidates']} values"
     return _write(folder, f"{text}\n{words}. There: {found}.\n")
@@ -175,7 +175,7 @@ def _thresholds(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
         runs.setdefault(str(cell.values[wanted["by"]]), []).append(predictions)
     rows = threshold_curves(runs, wanted["values"], wanted["metrics"])
     write_csv(folder / "curves.csv", list(rows[0]), rows)
-    _draw(folder, cfg, plots.plot_curves, rows, wanted["panels"])
+    _draw(folder, cfg, figures.plot_curves, rows, wanted["panels"])
     return _write(folder, text)
 
 
@@ -204,7 +204,7 @@ def _pictures(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
             text += f"| {image} | {title} |\n"
     if not rows:
         raise ValueError(f"{dataset} has no positive slice to show.")
-    _draw(folder, cfg, plots.plot_pictures, rows, list(runs))
+    _draw(folder, cfg, figures.plot_pictures, rows, list(runs))
     return _write(folder, text)
 
 

@@ -9,7 +9,8 @@ from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from pydicom.uid import generate_uid
 
 from ich_det2.data import IchDatasetMapper
-from ich_det2.engine.inference import Diagnoser, find_slices
+from ich_det2.inference.diagnoser import Diagnoser
+from ich_det2.inference.slices import find_slices
 
 HEIGHTS = {"one": 10, "two": 0, "three": 5, "four": 30}
 """Sorted: two, three, one, and beyond a gap four."""

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from ..engine.config import load_config
 from ..files import write_json
-from .setup import load_config
 
 SETTINGS, DONE, LOG = "settings.json", "done", "terminal.txt"
 # Where a cell runs, not what it computes.

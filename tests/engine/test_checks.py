@@ -10,16 +10,15 @@ from ich_det2 import add_ich_config
 from ich_det2.anchors import AnchorPairs, Anchors
 from ich_det2.data import IchDatasetMapper
 from ich_det2.data.datasets import register_ich_datasets
-from ich_det2.engine.setup import (
+from ich_det2.engine.anchors import (
     anchor_levels,
     anchor_settings,
-    check_config,
-    check_weights,
     fill_anchors,
-    load_config,
     take_trained_anchors,
     training_boxes_wh,
 )
+from ich_det2.engine.checks import check_config, check_weights
+from ich_det2.engine.config import load_config
 
 EFFNET = "configs/csfrcnn_effnet_lite0.yaml"
 OPEN_ANCHORS = (

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from ich_det2.evaluation.experiment import (
+from ich_det2.evaluation.predictions import Predictions
+from ich_det2.experiments.results import (
     patterns,
     read_results,
     select,
@@ -14,7 +15,6 @@ from ich_det2.evaluation.experiment import (
     spread_table,
     threshold_curves,
 )
-from ich_det2.evaluation.predictions import Predictions
 
 
 def make_predictions(scores, labels=(1, 1, 0, 0)):

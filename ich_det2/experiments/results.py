@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .diagnosis import diagnosis_table
-from .predictions import Predictions
+from ..evaluation.diagnosis import diagnosis_table
+from ..evaluation.predictions import Predictions
 
 SEED = "seed"
 Row = dict[str, object]

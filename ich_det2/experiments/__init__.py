@@ -1,0 +1,1 @@
+"""Experiments of many trainings: their cells, results, tables and figures."""

@@ -1,0 +1,225 @@
+"""A trained model on slices: what it finds on each.
+
+Sizes: H, W are an image's rows and columns, M its boxes.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from detectron2.config import CfgNode
+
+from ..data.mapper import IchDatasetMapper
+from ..engine.anchors import needs_anchors
+from ..engine.checkpoint import load_trained
+from ..engine.config import load_config
+from .slices import Slice, _reason
+
+WEIGHTS = ("model_best.pth", "model_final.pth")
+"""Weights in a training run's OUTPUT_DIR, the first preferred."""
+
+# Enough to hide the decoding of most files behind a network; each holds one slice in memory.
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a model finds on a slice.
+
+    Attributes:
+        boxes: float32 (M, 4): x0, y0, x1, y1 in pixels of the original image.
+        scores: float64 (M,), so that they compare with a threshold as in the evaluation.
+        classes: int (M,), indices into ``DATASETS.ICH_CLASSES``.
+        size: (H, W) of the original image.
+        image_score: a classifier's, which has no boxes; None for a detector.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+    size: tuple[int, int]
+    image_score: float | None = None
+
+    @property
+    def score(self) -> float:
+        """The slice's score: a classifier's, or the highest of the boxes, 0 without boxes."""
+        if self.image_score is not None:
+            return self.image_score
+        return self.scores.max().item() if len(self.scores) else 0.0
+
+    def at_least(self, score: float) -> "Detections":
+        """The boxes of this score and more, and in any case the highest."""
+        if not len(self.scores):
+            return self
+        keep = self.scores >= min(score, self.score)
+        return Detections(self.boxes[keep], self.scores[keep], self.classes[keep], self.size)
+
+
+def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, Path]:
+    """Reads what a training run left in its OUTPUT_DIR.
+
+    Args:
+        folder: holds ``config.yaml`` and one of ``WEIGHTS``.
+        device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
+
+    Returns:
+        The config and the path of the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence, if something is missing or unreadable.
+    """
+    folder = Path(folder)
+    config = folder / "config.yaml"
+    expected = "expected OUTPUT_DIR of a training run by tools/train_net.py"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; {expected}.")
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder}: holds no config.yaml; {expected}.")
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; {expected}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but PyTorch finds no GPU; use --device cpu.")
+    try:
+        cfg = load_config(config, ["MODEL.DEVICE", device] if device else [])
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(f"{config}: is no config of Detectron2 ({_reason(error, config)}).") from (
+            error
+        )
+    if needs_anchors(cfg):
+        raise ValueError(
+            f"{config}: leaves the anchors open, so the weights cannot be used; take the "
+            "config.yaml that training wrote beside them."
+        )
+    return cfg, weights
+
+
+class Diagnoser:
+    """Runs a trained model over slices, in batches, while the next ones are decoded."""
+
+    def __init__(self, model: torch.nn.Module, mapper: IchDatasetMapper, *, batch_size: int):
+        """
+        Args:
+            model: ``GeneralizedRCNN`` or ``ImageClassifier`` in evaluation mode.
+            mapper: of evaluation (``is_train=False``).
+            batch_size: slices in a batch, >= 1.
+        """
+        self.model = model
+        self.mapper = mapper
+        self.batch_size = batch_size
+
+    @classmethod
+    def from_run(cls, cfg: CfgNode, weights: str | os.PathLike, *, batch_size: int = 0):
+        """Builds the model of a config and its trained weights.
+
+        Args:
+            cfg, weights: of :func:`load_run`.
+            batch_size: 0 for ``TEST.BATCH_SIZE``.
+
+        Raises:
+            ValueError: if the weights are damaged or of another model.
+        """
+        try:
+            model = load_trained(cfg, weights)
+        except (KeyError, AssertionError) as error:
+            raise ValueError(f"config.yaml beside {weights}: {_reason(error, weights)}.") from error
+        _check_weights(model, Path(weights))
+        mapper = IchDatasetMapper(cfg, is_train=False)
+        return cls(model, mapper, batch_size=batch_size or cfg.TEST.BATCH_SIZE)
+
+    def __call__(self, slices: Iterable[Slice]) -> Iterator[Detections | ValueError]:
+        """
+        Args:
+            slices: of :func:`find_slices`. Not more of them than a few batches are in memory at a
+                time.
+
+        Yields:
+            For each slice in its order what was found, or why it cannot be decoded (in words that
+            do not hold the path).
+        """
+        waiting: list[dict | ValueError] = []
+        for item in self._read_ahead(slices):
+            sizes = {x["image"].shape for x in waiting if isinstance(x, dict)}
+            # Images of different size would be padded, which changes what is found on them.
+            if isinstance(item, dict) and sizes and item["image"].shape not in sizes:
+                yield from self._detect(waiting)
+                waiting = []
+            waiting.append(item)
+            if len(waiting) >= self.batch_size:
+                yield from self._detect(waiting)
+                waiting = []
+        yield from self._detect(waiting)
+
+    def _read_ahead(self, slices: Iterable[Slice]) -> Iterator[dict | ValueError]:
+        """Mapped inputs in order, decoded by threads at most two batches ahead."""
+        pool = ThreadPoolExecutor(_READERS)
+        try:
+            pending = deque()
+            for entry in slices:
+                pending.append(pool.submit(self._read, entry))
+                if len(pending) > 2 * self.batch_size:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, entry: Slice) -> dict | ValueError:
+        context = entry.context_files
+        inputs = {"file_name": os.fspath(entry.path), "frame": entry.frame}
+        try:
+            return self.mapper(inputs | {"context_files": context})
+        except Exception as error:  # decoders answer damage with many kinds of errors
+            return ValueError(_reason(error, entry.path, *(Path(path) for path, _ in context)))
+
+    def _detect(self, items: Sequence[dict | ValueError]) -> Iterator[Detections | ValueError]:
+        inputs = [x for x in items if isinstance(x, dict)]
+        outputs = iter(())
+        if inputs:
+            with torch.inference_mode():
+                outputs = iter(self.model(inputs))
+        for item in items:
+            yield _detections(item, next(outputs)) if isinstance(item, dict) else item
+
+
+def _detections(inputs: dict, output: dict) -> Detections:
+    if "image_score" in output:
+        return Detections(
+            *(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, int)),
+            size=(inputs["height"], inputs["width"]),
+            image_score=float(output["image_score"]),
+        )
+    instances = output["instances"].to("cpu")
+    return Detections(
+        boxes=instances.pred_boxes.tensor.numpy(),
+        scores=instances.scores.numpy().astype(np.float64),
+        classes=instances.pred_classes.numpy(),
+        size=instances.image_size,
+    )
+
+
+def _check_weights(model: torch.nn.Module, weights: Path) -> None:
+    """A checkpoint loads with a mere warning if tensors are missing; random ones would diagnose.
+
+    Raises:
+        ValueError: naming a tensor.
+    """
+    trained = torch.load(weights, map_location="cpu", weights_only=True)
+    trained = trained.get("model", trained)
+    for name, tensor in model.state_dict().items():
+        if name not in trained or trained[name].shape != tensor.shape:
+            raise ValueError(
+                f"{weights}: does not fit the config.yaml beside it, '{name}' is "
+                f"{'of another shape' if name in trained else 'missing'}; take both from one run."
+            )
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{weights}: '{name}' holds NaN or infinity, so the training diverged; "
+                "train again with a lower SOLVER.BASE_LR."
+            )
