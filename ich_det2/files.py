@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the one walk through folders."""
 
 import contextlib
 import csv
@@ -29,6 +29,60 @@ def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+CLUTTER = frozenset(
+    "thumbs.db ehthumbs.db desktop.ini __macosx $recycle.bin lost+found @eadir #recycle".split()
+) | {"system volume information"}
+"""What operating systems leave in folders without a point before its name, in lower case."""
+
+
+def is_hidden(path: str | Path) -> bool:
+    """Whether a file or folder is one that operating systems keep for themselves: ``._IM1.dcm``,
+    ``.DS_Store``, ``Thumbs.db``, ``__MACOSX``."""
+    name = os.path.basename(path)
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+def walk(folder: str | Path, unread: list[tuple[Path, str]] | None = None) -> list[Path]:
+    """The regular files in a folder and its subfolders, without hidden ones.
+
+    Args:
+        folder: where to look; may itself be hidden, or a link.
+        unread: takes path and reason of what may hold files but was not followed: links out of
+            the folder and to folders, folders that cannot be listed, what is no regular file.
+
+    Returns:
+        Paths that begin with ``folder``, sorted.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: ``folder`` is a file.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder; check the path.")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, expected a folder.")
+    root, found, left = folder.resolve(), [], []
+
+    def report(error: OSError) -> None:
+        left.append((Path(error.filename), f"cannot be read ({error.strerror})."))
+
+    for parent, folders, files in os.walk(folder, onerror=report):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        links = [path for name in folders if (path := Path(parent, name)).is_symlink()]
+        left += [(path, "is a link to a folder, which is not followed.") for path in links]
+        for path in (Path(parent, name) for name in files if not is_hidden(name)):
+            if not path.is_file():
+                left.append((path, "is not a regular file."))
+            elif path.is_symlink() and not path.resolve().is_relative_to(root):
+                left.append((path, "is a link out of the folder, which is not followed."))
+            else:
+                found.append(path)
+    if unread is not None:
+        unread += sorted(left)
+    return sorted(found)
 
 
 def remove_leftovers(folder: str | Path) -> None:

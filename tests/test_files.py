@@ -1,8 +1,8 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; the walk leaves out what nobody put there."""
 
 import pytest
 
-from ich_det2.files import write_atomically
+from ich_det2.files import walk, write_atomically
 
 
 def test_text_is_utf8_with_newlines_as_written(tmp_path):
@@ -39,3 +39,37 @@ def test_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "no" / "a.txt"):
         pass
     assert not (tmp_path / "no").exists()
+
+
+def test_walk_is_sorted_and_leaves_out_what_systems_hide(tmp_path):
+    root = tmp_path / ".hidden"  # what a user names is looked into
+    visible = ["IM10", "IM2.DCM", "a b/ü.png", "sub/IM1"]
+    hidden = "._IM2.DCM .DS_Store Thumbs.db desktop.ini __MACOSX/IM2.DCM sub/.git/x .x/y @eaDir/z"
+    for name in (*visible, *hidden.split()):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    unread = []
+    assert [p.relative_to(root).as_posix() for p in walk(root, unread)] == visible
+    assert unread == []
+
+
+def test_walk_stays_in_its_folder(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir(), outside.mkdir()
+    (outside / "a").touch(), (root / "b").touch()
+    (root / "inner").symlink_to(root / "b")
+    (root / "file").symlink_to(outside / "a")
+    (root / "folder").symlink_to(outside)
+    (root / "loop").symlink_to(root)
+    (root / "broken").symlink_to(root / "nothing")
+    unread = []
+    assert walk(root, unread) == [root / "b", root / "inner"]
+    assert [(path.name, "link" in reason) for path, reason in unread] == [
+        ("broken", False), ("file", True), ("folder", True), ("loop", True),
+    ]  # fmt: skip
+    (tmp_path / "link").symlink_to(root)
+    assert walk(tmp_path / "link")[0] == tmp_path / "link" / "b"
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        walk(root / "b")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        walk(root / "none")

@@ -21,6 +21,7 @@ PURE = {
     "ich_det2.data.dicom",
     "ich_det2.data.dicom.elements",
     "ich_det2.data.dicom.header",
+    "ich_det2.data.dicom.identity",
     "ich_det2.data.dicom.pixels",
     "ich_det2.data.dicom.series",
     "ich_det2.data.dicom.window",

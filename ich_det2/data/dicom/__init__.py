@@ -3,13 +3,21 @@
 docs/dicom.md says what is read how, what is refused, and the exact formula of the window.
 """
 
+from .elements import is_dicom
 from .header import CT_STORAGE, MAX_FRAMES, MAX_SIDE
+from .identity import (
+    Identity,
+    group_patients,
+    is_placeholder,
+    patient_key,
+    patient_keys,
+    read_identity,
+)
 from .pixels import (
     AIR_HU,
     CTImage,
     check_dicom,
     read_hu,
-    read_identity,
     read_image,
     read_size,
     read_windowed,
@@ -32,10 +40,16 @@ __all__ = [
     "MAX_SIDE",
     "CTImage",
     "CTSeries",
+    "Identity",
     "apply_window",
     "check_dicom",
+    "group_patients",
+    "is_dicom",
+    "is_placeholder",
     "may_be_head",
     "neighbours",
+    "patient_key",
+    "patient_keys",
     "read_hu",
     "read_identity",
     "read_image",

@@ -38,7 +38,10 @@ KEYWORDS = (
     "SOPClassUID",
     "SOPInstanceUID",
     "Modality",
+    "PatientName",
     "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
     "BodyPartExamined",
     "SliceThickness",
     "StudyInstanceUID",
@@ -86,7 +89,7 @@ _LONG = frozenset(vr.encode() for vr in "OB OD OF OL OV OW SQ SV UC UN UR UT UV"
 _EXPLICIT = struct.Struct("<HH2sH").unpack_from
 _IMPLICIT = struct.Struct("<HHI").unpack_from
 _LENGTH = struct.Struct("<I").unpack_from
-_TEXT = {"CS", "LO", "UI"}
+_TEXT = {"CS", "DA", "LO", "PN", "UI"}
 _DECIMAL = {"DS", "IS"}
 
 
@@ -130,6 +133,24 @@ def read_elements(file: BinaryIO) -> Elements:
         Exception: whatever pydicom raises on damage.
     """
     return _scan(file, file.read(_HEAD_BYTES)) or _parse(file)
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether a file looks like DICOM by its content, whatever its name; never raises.
+
+    Files without the preamble of PS3.10 count if they begin with an element of group 2 or 8.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(132)
+    except OSError:
+        return False
+    if head[128:] == b"DICM":
+        return True
+    little, big = head[:2] in (b"\x02\0", b"\x08\0"), head[:2] == b"\0\x08"
+    explicit = head[4:6] in _SHORT | _LONG
+    # An implicit element has its length there, of which the first are some bytes.
+    return len(head) == 132 and (explicit and (little or big) or little and head[6:8] == b"\0\0")
 
 
 def size_of(file: BinaryIO) -> int:

@@ -160,25 +160,6 @@ def check_dicom(path: str | os.PathLike, frame: int | None = None) -> None:
         _header(file, frame)
 
 
-def read_identity(path: str | os.PathLike) -> tuple[str, str, str]:
-    """Read whose slice a file is; as identifying as the file, so store only pseudonyms of it.
-
-    Args:
-        path: a DICOM file.
-
-    Returns:
-        ``(patient_id, study_uid, sop_uid)``; empty strings where the file does not say.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as ``read_hu``.
-    """
-    with naming(path), open(path, "rb") as file:
-        values = read_headers(file)[0][0].values
-        keywords = ("PatientID", "StudyInstanceUID", "SOPInstanceUID")
-        return tuple(text(values, keyword) for keyword in keywords)
-
-
 def read_size(path: str | os.PathLike) -> tuple[int, int]:
     """Rows and Columns of a slice that passes ``check_dicom``; errors of ``read_hu``."""
     with naming(path), open(path, "rb") as file:

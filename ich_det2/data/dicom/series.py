@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...files import walk
 from .elements import Refusal, label
 from .header import Header, naming, number, numbers, read_headers, text
 
@@ -76,15 +77,10 @@ def read_series(
         ValueError: ``folder`` is a file.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder}: no such folder; expected a folder of DICOM files.")
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, expected a folder of DICOM files.")
-
     skipped: list[tuple[Path, str]] = []
     by_uid: dict[str, list[_Slice]] = {}
     seen: dict[str, Path] = {}
-    for path in _walk(folder, skipped):
+    for path in walk(folder, skipped):
         try:
             entries = _read_slices(path)
             sop_uid = entries[0].sop_uid
@@ -203,27 +199,6 @@ class _Slice:
     def name(self) -> str:
         """For a person: the file's name, with the frame counted from 1 as in DICOM."""
         return self.path.name if self.frame is None else f"{self.path.name} frame {self.frame + 1}"
-
-
-def _walk(folder: Path, skipped: list[tuple[Path, str]]) -> Iterator[Path]:
-    """Regular files under a folder in the order of their paths, links out of it reported."""
-    root = folder.resolve()
-
-    def report(error: OSError) -> None:
-        skipped.append((Path(error.filename), f"cannot be read ({error.strerror})."))
-
-    paths = []
-    for parent, folders, files in os.walk(folder, onerror=report):
-        paths += [Path(parent, name) for name in files]
-        links = [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
-        skipped += [(link, "is a link to a folder, which is not followed.") for link in links]
-    for path in sorted(paths):
-        if not path.is_file():
-            skipped.append((path, "is not a regular file."))
-        elif not path.resolve().is_relative_to(root):
-            skipped.append((path, "is a link out of the folder, which is not followed."))
-        else:
-            yield path
 
 
 def _read_slices(path: Path) -> list[_Slice]:
