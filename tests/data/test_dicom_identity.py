@@ -26,7 +26,7 @@ def test_placeholders(word):
     assert patient_key(Identity(word, "1.2")) == "1.2"
 
 
-@pytest.mark.parametrize("word", "ANON0001|P1|1|12|PID4711|NOTT|X1|Patient 3|1111|TEST12".split("|"))
+@pytest.mark.parametrize("word", "ANON01|P1|1|12|PID47|NOTT|X1|Patient 3|1111|TEST12".split("|"))
 def test_pseudonyms_are_no_placeholders(word):
     assert patient_key(Identity(word, "1.2")) == word
 

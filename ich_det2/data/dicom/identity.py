@@ -1,7 +1,7 @@
 """Whose slice a file is: the one rule that tells patients apart.
 
-A patient is a Patient ID. Where it is missing, a placeholder that an anonymizer left (``ANONYMOUS``,
-``000000``), or one under which headers name different people, each study is taken for a patient.
+A patient is a Patient ID. Where it is missing, a placeholder that an anonymizer left (ANONYMOUS,
+000000), or one under which headers name different people, each study is taken for a patient.
 """
 
 from __future__ import annotations
