@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         ".config": ["add_ich_config"],
+        ".inference.api": ["diagnose"],
+        ".inference.results": ["Diagnosis"],
         ".version": ["__version__"],
     },
 )

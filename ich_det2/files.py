@@ -7,24 +7,25 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 
 @contextlib.contextmanager
-def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
+def write_atomically(path: str | Path, mode: str = "w", *, private: bool = False) -> Iterator[IO]:
     """Opens a temporary file beside ``path`` that takes its place when the block ends well.
 
     Args:
         path: the file to write; its folder must exist.
         mode: "w" (UTF-8, newlines as written) or "wb".
+        private: readable by its owner alone.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, opener=_open_private if private else None, **text) as file:
             yield file
         os.replace(temporary, path)
     finally:
@@ -85,13 +86,17 @@ def walk(folder: str | Path, unread: list[tuple[Path, str]] | None = None) -> li
     return sorted(found)
 
 
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_EXCL, 0o600)
+
+
 def remove_leftovers(folder: str | Path) -> None:
     """Removes what ``write_atomically`` leaves in a folder when its process is killed."""
     for path in Path(folder).glob(".*." + "[0-9a-f]" * 12 + ".tmp"):
         path.unlink()
 
 
-def write_csv(path: str | Path, fields: Sequence[str], rows: Sequence[dict]) -> None:
+def write_csv(path: str | Path, fields: Sequence[str], rows: Iterable[dict]) -> None:
     """Writes rows to a CSV file, whole or not at all."""
     with write_atomically(path) as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")

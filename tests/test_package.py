@@ -19,6 +19,7 @@ PURE = {
     "ich_det2.data.cache",
     "ich_det2.data.context",
     "ich_det2.data.dicom",
+    "ich_det2.data.dicom.body_part",
     "ich_det2.data.dicom.elements",
     "ich_det2.data.dicom.header",
     "ich_det2.data.dicom.identity",

@@ -18,7 +18,9 @@ from detectron2.config import CfgNode
 from ..data.mapper import IchDatasetMapper
 from ..engine.anchors import needs_anchors
 from ..engine.checkpoint import load_trained
-from ..engine.config import load_config
+from ..engine.config import context_settings, load_config
+from ..engine.operating_point import find_operating_point
+from ..files import sha256
 from .slices import Slice, _reason
 
 WEIGHTS = ("model_best.pth", "model_final.pth")
@@ -85,7 +87,7 @@ def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, P
     if weights is None:
         raise FileNotFoundError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; {expected}.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but PyTorch finds no GPU; use --device cpu.")
+        raise ValueError("device is cuda, but PyTorch finds no GPU; use cpu.")
     try:
         cfg = load_config(config, ["MODEL.DEVICE", device] if device else [])
     except (yaml.YAMLError, AttributeError, TypeError) as error:
@@ -103,35 +105,79 @@ def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, P
 class Diagnoser:
     """Runs a trained model over slices, in batches, while the next ones are decoded."""
 
-    def __init__(self, model: torch.nn.Module, mapper: IchDatasetMapper, *, batch_size: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        mapper: IchDatasetMapper,
+        *,
+        batch_size: int,
+        classes: Sequence[str] = ("hemorrhage",),
+        threshold: float = 0.5,
+        patient_rule: str = "any",
+        context: dict | None = None,
+        facts: dict | None = None,
+    ):
         """
         Args:
             model: ``GeneralizedRCNN`` or ``ImageClassifier`` in evaluation mode.
             mapper: of evaluation (``is_train=False``).
             batch_size: slices in a batch, >= 1.
+            classes: names of the model's classes.
+            threshold: of its operating point.
+            patient_rule: see ``patient_scores``.
+            context: which neighbours the mapper asks for, arguments of ``find_slices``.
+            facts: which model it is, for a person.
         """
         self.model = model
         self.mapper = mapper
         self.batch_size = batch_size
+        self.classes = tuple(classes)
+        self.threshold = threshold
+        self.patient_rule = patient_rule
+        self.context = context or {}
+        self.facts = facts or {}
 
     @classmethod
-    def from_run(cls, cfg: CfgNode, weights: str | os.PathLike, *, batch_size: int = 0):
-        """Builds the model of a config and its trained weights.
+    def load(
+        cls, folder: str | os.PathLike, *, device: str = "", batch_size: int | None = None
+    ) -> "Diagnoser":
+        """Loads the model that a training run left in its OUTPUT_DIR.
 
         Args:
-            cfg, weights: of :func:`load_run`.
-            batch_size: 0 for ``TEST.BATCH_SIZE``.
+            folder: holds ``config.yaml`` and one of ``WEIGHTS``.
+            device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
+            batch_size: slices in a batch; ``TEST.BATCH_SIZE`` if None.
 
         Raises:
-            ValueError: if the weights are damaged or of another model.
+            FileNotFoundError, ValueError: one sentence, if something is missing, damaged or of
+                another model.
         """
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
+        cfg, weights = load_run(folder, device=device)
+        point = find_operating_point(cfg, weights)
         try:
             model = load_trained(cfg, weights)
         except (KeyError, AssertionError) as error:
             raise ValueError(f"config.yaml beside {weights}: {_reason(error, weights)}.") from error
-        _check_weights(model, Path(weights))
-        mapper = IchDatasetMapper(cfg, is_train=False)
-        return cls(model, mapper, batch_size=batch_size or cfg.TEST.BATCH_SIZE)
+        _check_weights(model, weights)
+        patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
+        return cls(
+            model,
+            IchDatasetMapper(cfg, is_train=False),
+            batch_size=batch_size or cfg.TEST.BATCH_SIZE,
+            classes=cfg.DATASETS.ICH_CLASSES,
+            threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
+            patient_rule=patient_rule,
+            context=context_settings(cfg),
+            facts={
+                "run": Path(cfg.OUTPUT_DIR).name,
+                "weights": weights.name,
+                "sha256": sha256(weights),
+                "operating_point": point and {"rule": point.rule, "dataset": point.dataset},
+                "patient_rule": patient_rule,
+            },
+        )
 
     def __call__(self, slices: Iterable[Slice]) -> Iterator[Detections | ValueError]:
         """

@@ -1,39 +1,45 @@
-"""A trained model on files from disk: which slices there are, and what the model finds on them.
+"""Files from disk to the slices that a model is to look at: which there are, whose, in what order.
 
-Sizes: H, W are an image's rows and columns, M its boxes.
+Each file's header is read once. The steps of :func:`find_slices` follow one another: collect files,
+tell patients apart, group into series, leave out what is not axial, tell whose what is lost may be,
+number and name.
 """
 
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pydicom
 from PIL import Image
 
 from ..data.context import last_number, read_places
-from ..data.dicom import CT_STORAGE, may_be_head, neighbours, read_series, sort_frames
-from ..data.splits import IMAGE_FOLDERS, read_patients
-
-IMAGE_SUFFIXES = IMAGE_FOLDERS["JPEGImages"]
-REMOVED = "[removed]"
-"""Stands in file names for what would tell whose they are."""
-
-_HEADER = (
-    "SOPClassUID",
-    "Modality",
-    "ImageType",
-    "PatientID",
-    "PatientName",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "SOPInstanceUID",
-    "BodyPartExamined",
+from ..data.dicom import (
+    CTFile,
+    Finding,
+    Identity,
+    group_patients,
+    group_series,
+    is_dicom,
+    is_placeholder,
+    neighbours,
+    read_file,
 )
+from ..data.splits import IMAGE_FOLDERS, read_patients
+from ..files import walk
+
+PICTURE_SUFFIXES = IMAGE_FOLDERS["JPEGImages"]
+DICOM_SUFFIXES = IMAGE_FOLDERS["DICOM"]
+REMOVED = "[removed]"
+"""Stands in reasons for what would tell whose they are."""
+
+# Those of names that are replaced; another may be a part of an identity.
+_SUFFIXES = (*DICOM_SUFFIXES, *PICTURE_SUFFIXES, ".ima")
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,11 @@ class Slice:
 
     Attributes:
         path: where it is.
-        file: its path under the given folder, or its name; fit to be written down.
+        file: its name in results: its path under the given folder, unless that tells whose it is.
         patient, series: pseudonyms, "patient-001" and "series-01" (of that patient).
         index: 0-based; along the slice normal in a DICOM series, else by file name.
         given: named by the user, not found in a folder.
-        patient_id, series_uid, sop_uid: as in the header; empty where there is none.
+        identity: whose it is, as in the header or in ``patients.csv``.
         frame: 0-based, in a file of several; else None.
         context_files: file and frame of the slices before, this one and those after; empty if it is
             not known where the slice lies.
@@ -57,260 +63,395 @@ class Slice:
     patient: str
     series: str
     index: int
-    given: bool
-    patient_id: str
-    series_uid: str
-    sop_uid: str
+    given: bool = False
+    identity: Identity = field(default_factory=Identity, repr=False)
     frame: int | None = None
     context_files: tuple[tuple[str, int | None], ...] = ()
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file in a folder that is not diagnosed.
+    """A file that is not diagnosed.
 
     Attributes:
         file: as in :class:`Slice`.
         reason: in words.
         lost: whether it is, or may be, a slice that a reader would have to look at.
         patients: pseudonyms of those who may have lost it.
+        path, identity: as in :class:`Slice`.
     """
 
     file: str
     reason: str
     lost: bool = False
     patients: tuple[str, ...] = ()
+    path: Path | None = field(default=None, repr=False)
+    identity: Identity = field(default_factory=Identity, repr=False)
+
+
+@dataclass(frozen=True)
+class Noticed:
+    """What a person should know of a patient's files.
+
+    Attributes:
+        notes: in words, without identities.
+        n_missing: slices that seem to be missing.
+    """
+
+    notes: tuple[str, ...] = ()
+    n_missing: int = 0
+
+
+class Found(NamedTuple):
+    """What there is to diagnose: slices by patient, series and position; files that are not; and
+    what was noticed, by patient."""
+
+    slices: list[Slice]
+    skipped: list[Skipped]
+    noticed: dict[str, Noticed]
+
+
+@dataclass(eq=False)
+class _Source:
+    """A file on its way to slices or to a :class:`Skipped`.
+
+    Attributes:
+        path: the file.
+        folder: the given folder in which it was found; None for a given file.
+        kind: "dicom" for all but pictures and, "unread", links and folders that are not followed.
+        file: its header, of which only DICOM has more than an empty one.
+        fault: why it is skipped; empty if it is not.
+        repeats: the source of the same image, where that is the reason.
+        given: named by the user.
+        identity: of the header, the patient by ``patients.csv`` if that does not say.
+        patient: what tells its patient from others; None where there is no telling.
+        place: series and position in mm by ``patients.csv``.
+        lost, concerned: whether a bleed could hide in what was skipped, and of whom it would be.
+    """
+
+    path: Path
+    folder: Path | None
+    kind: str
+    file: CTFile
+    fault: str = ""
+    repeats: "_Source | None" = None
+    given: bool = False
+    lost: bool | None = None
+    concerned: frozenset[tuple] = frozenset()
+
+    def __post_init__(self):
+        self.listed, self.place, tree = _listed(self.path)
+        header = self.file.identity
+        self.identity = replace(header, patient_id=header.patient_id or self.listed)
+        self.patient: tuple | None = None
+        if self.listed:
+            self.patient = ("listed", tree, self.listed)
+        elif self.kind == "picture":
+            self.patient = ("file", os.fspath(self.path))
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether there is no telling what it is, nor whose."""
+        return self.kind != "picture" and not any(self.file.values.values())
+
+    @property
+    def suffix(self) -> str:
+        # The end of a UID, as of a file exported by a PACS, is no suffix.
+        return "" if self.path.suffix[1:].isdigit() else self.path.suffix.lower()
+
+    @property
+    def name(self) -> str:
+        """Its path under the given folder. Names of files need not be text."""
+        name = self.path.relative_to(self.folder).as_posix() if self.folder else self.path.name
+        return os.fsencode(name).decode("utf-8", "replace")
+
+    @property
+    def order(self) -> tuple:
+        own, itself = self.identity, _natural(os.fspath(self.path))
+        return _natural(self.listed or own.patient_id), own.study_uid, own.series_uid, itself
+
+
+@dataclass(eq=False)
+class _Series:
+    """Slices of one series in order: the source, the frame in it, the position in mm."""
+
+    patient: tuple
+    order: tuple
+    slices: list[tuple[_Source, int | None, float]]
+    study: str = ""
+    findings: tuple[Finding, ...] = ()
+    n_missing: int = 0
+    is_axial: bool = True
+    name: str = ""
 
 
 def find_slices(
     inputs: Sequence[str | os.PathLike],
     *,
     identify: bool = False,
+    any_body_part: bool = False,
     context: int = 1,
     by_name: bool = False,
-) -> tuple[list[Slice], list[Skipped]]:
-    """Finds the CT slices in files and folders; reads headers only.
+) -> Found:
+    """Finds the CT slices in files and folders; reads headers, and pixels only of images that may
+    be one.
 
-    A patient is, in this order: who ``patients.csv`` of a VOC tree says; the Patient ID; the
-    study, where there is no Patient ID; the file itself. It is numbered by (Patient ID, Study
-    Instance UID).
+    A patient is who ``patients.csv`` of a VOC tree says, or else whom ``data.dicom.group_patients``
+    tells apart, or else the file itself.
 
     Args:
         inputs: DICOM files, PNG or JPEG files, and folders of them.
-        identify: keep names and IDs of patients and UIDs in ``file``.
+        identify: keep names and IDs of patients and UIDs in names of files and in texts.
+        any_body_part: whatever Body Part Examined says.
         context: neighbours on either side in ``context_files``.
         by_name: as in ``data.context.find_context``.
-
-    Returns:
-        The slices by patient, series and position, and the files of folders that are none.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names a given file that cannot be read, or
             saying that there is no slice.
     """
     _read_tree.cache_clear()
-    found: list[_Found] = []
-    skipped: list[_Found] = []
-    inputs = [Path(path) for path in inputs]
-    given = {path.resolve() for path in inputs if not path.is_dir()}
+    sources = _collect([Path(path) for path in inputs], any_body_part)
+    warnings = _tell_patients_apart(sources, identify)
+    series = _select_axial(_group(sources), warnings)
+    if not series:
+        raise ValueError(_nothing_found(inputs, [s for s in sources if s.fault]))
+    _attribute_losses(sources)
+    patients = _number_patients(sources)
+    slices = _number_slices(series, patients, context, by_name)
+    remove = str if identify else _remover(sources)
+    slices, skipped = _rename(slices, sources, patients, remove)
+    return Found(list(slices.values()), skipped, _describe(series, slices, patients, warnings))
+
+
+def _collect(inputs: Sequence[Path], any_body_part: bool) -> list[_Source]:
+    """Each file once, though several inputs may hold it."""
+    sources: dict[Path, _Source] = {}
     for folder in (path for path in inputs if path.is_dir()):
-        new, bad = _find_in_folder(folder)
-        found += new
-        skipped += bad
-    found += _find_given([path for path in inputs if not path.is_dir()])
-
-    # Several inputs may hold the same file, or the same image in different files.
-    images: dict[tuple, _Found] = {}
-    unique: dict[tuple, _Found] = {}
-    for entry in found:
-        resolved = entry.path.resolve()
-        uid = entry.header["SOPInstanceUID"]
-        first = images.setdefault((uid or str(resolved), entry.frame), entry)
-        if first is entry:
-            unique[resolved, entry.frame] = entry
-        elif (resolved, entry.frame) not in unique:
-            entry.reason = f"repeats the image {first.file} (SOP Instance UID)."
-            skipped.append(entry)
-    skipped = {entry.path.resolve(): entry for entry in skipped}
-    used = {path for path, _ in unique}
-    skipped = [entry for path, entry in skipped.items() if path not in used]
-    uids = {uid for uid, _ in images}
-    unique = list(unique.values())
-    if not unique:
-        raise ValueError(_nothing_found(inputs, skipped))
-
-    # A file that looks like a slice but does not say whose may be of any patient beside it.
-    beside: dict[Path, set[tuple]] = {}
-    for entry in unique:
-        beside.setdefault(entry.path.parent, set()).add(entry.patient_key)
-    kinds = {(entry.path.parent, entry.suffix) for entry in unique}
-    owners: list[tuple[_Found, bool, set[tuple]]] = []
-    for entry in skipped:
-        alike = entry.is_blank and (entry.path.parent, entry.suffix) in kinds
-        lost = (entry.looks_like_slice or alike) and entry.header["SOPInstanceUID"] not in uids
-        keys = beside.get(entry.path.parent, set()) if entry.is_blank else {entry.patient_key}
-        owners.append((entry, lost, keys if lost else set()))
-
-    order: dict[tuple, tuple] = {}
-    for entry in unique:
-        order.setdefault(entry.patient_key, entry.order_key)
-        order[entry.patient_key] = min(order[entry.patient_key], entry.order_key)
-    for entry, _, keys in owners:
-        for key in keys:
-            order.setdefault(key, entry.order_key)
-    patients = {
-        key: f"patient-{i:03d}" for i, key in enumerate(sorted(order, key=order.get), start=1)
-    }
-    remove = (lambda text: text) if identify else _remover(unique + skipped)
-
-    groups: dict[tuple, dict[tuple, list[_Found]]] = {}
-    for entry in unique:
-        groups.setdefault(entry.patient_key, {}).setdefault(entry.series_key, []).append(entry)
-    slices = []
-    for key in patients:
-        series = sorted(groups.get(key, {}).items())
-        for number, (_, entries) in enumerate(series, start=1):
-            positions = [entry.position for entry in entries]
-            if by_name and np.isnan(positions).all():
-                positions = [last_number(entry.path.stem) for entry in entries]
-            beside = [[]] * len(entries)
-            if not np.isnan(positions).any():
-                # Several inputs may hold a series, and pictures be named in any order.
-                entries = [entries[i] for i in np.argsort(positions, kind="stable")]
-                beside = neighbours(sorted(positions), context)
-            for index, entry in enumerate(entries):
-                slices.append(
-                    Slice(
-                        path=entry.path,
-                        file=remove(entry.file),
-                        patient=patients[key],
-                        series=f"series-{number:02d}",
-                        index=index,
-                        given=entry.path.resolve() in given,
-                        patient_id=entry.header["PatientID"] or entry.listed_patient,
-                        series_uid=entry.header["SeriesInstanceUID"],
-                        sop_uid=entry.header["SOPInstanceUID"],
-                        frame=entry.frame,
-                        context_files=tuple(
-                            (os.fspath(entries[i].path), entries[i].frame) for i in beside[index]
-                        ),
-                    )
-                )
-    return slices, [
-        Skipped(
-            remove(entry.file),
-            remove(entry.reason),
-            lost=lost,
-            patients=tuple(sorted(patients[key] for key in keys)),
-        )
-        for entry, lost, keys in owners
-    ]
-
-
-class _Found:
-    """A file on the way to a :class:`Slice` or a :class:`Skipped`."""
-
-    def __init__(
-        self,
-        path: Path,
-        folder: Path | None,
-        *,
-        group: int = 0,
-        reason: str = "",
-        frame: int | None = None,
-        position: float = math.nan,
-    ):
-        """
-        Args:
-            path: the file.
-            folder: the given folder in which it was found.
-            group: tells series of one UID apart.
-            reason: why it is skipped.
-            frame: in a file of several.
-            position: along the slice normal, mm.
-        """
-        self.path = path
-        self.frame, self.position = frame, position
-        name = path.name if folder is None else path.relative_to(folder).as_posix()
-        # Names of files need not be text.
-        self.file = os.fsencode(name).decode("utf-8", "replace")
-        if frame is not None:
-            self.file += f"#{frame + 1}"
-        self.reason = reason
-        self.is_image = path.suffix.lower() in IMAGE_SUFFIXES
-        self.header = dict.fromkeys(_HEADER, "") if self.is_image else _read_header(path)
-        self.listed_patient, listed_place, tree = _listed(path)
-        # Without a header there is no telling what it is, nor whose.
-        self.is_blank = not (self.is_image or any(self.header.values()))
-        # The end of a UID, as of a file exported by a PACS, is no suffix.
-        self.suffix = "" if path.suffix[1:].isdigit() else path.suffix.lower()
-
-        study, series = self.header["StudyInstanceUID"], self.header["SeriesInstanceUID"]
-        if self.is_image and not math.isnan(listed_place[1]):
-            series, self.position = listed_place
-        itself = _natural(os.fspath(path))
-        if self.listed_patient:
-            self.patient_key = ("listed", tree, self.listed_patient)
-        elif self.is_image:
-            self.patient_key = ("file", os.fspath(path))
-        else:
-            # As in training: without Patient ID the study stands for the patient.
-            patient = self.header["PatientID"]
-            self.patient_key = ("header", patient or study or series or os.fspath(path))
-        patient = self.listed_patient or self.header["PatientID"]
-        self.order_key = (_natural(patient), study, series, itself)
-        # Images without a header are one series per folder.
-        self.series_key = (study, series, os.fspath(path.parent) if self.is_image else "", group)
-
-    @property
-    def looks_like_slice(self) -> bool:
-        """Whether the file says that it is a slice, by its header or else by its name."""
-        if self.is_image or self.is_blank:
-            return self.is_image or self.suffix in IMAGE_FOLDERS["DICOM"]
-        return (
-            self.header["Modality"] in ("", "CT")
-            and self.header["SOPClassUID"] in ("", *CT_STORAGE)
-            and "LOCALIZER" not in self.header["ImageType"].upper()
-            and may_be_head(self.header["BodyPartExamined"])
-        )
-
-
-def _find_in_folder(folder: Path) -> tuple[list[_Found], list[_Found]]:
-    series, unusable = read_series(folder)
-    found = [
-        _Found(path, folder, group=i, frame=frame, position=position)
-        for i, s in enumerate(series)
-        for path, frame, position in zip(s.files, s.frames, s.positions_mm, strict=True)
-    ]
-    images, skipped = [], []
-    root = folder.resolve()
-    for path, reason in unusable:
-        # Links out of the folder are not followed, as in `read_series`.
-        within = path.is_file() and path.resolve().is_relative_to(root)
-        if within and path.suffix.lower() in IMAGE_SUFFIXES:
-            reason = _image_fault(path)
-        (skipped if reason else images).append(_Found(path, folder, reason=reason))
-    return found + sorted(images, key=lambda entry: _natural(entry.file)), skipped
-
-
-def _find_given(paths: Sequence[Path]) -> list[_Found]:
-    """Raises: FileNotFoundError, ValueError: naming the first file that cannot be read."""
-    found = []
-    for path in paths:
-        if not path.exists():
+        unread: list[tuple[Path, str]] = []
+        for path in walk(folder, unread):
+            if path.resolve() not in sources:
+                sources[path.resolve()] = _open(path, folder, any_body_part)
+        for path, reason in unread:
+            sources[path.absolute()] = _Source(path, folder, "unread", CTFile(path), reason)
+    for path in (path for path in inputs if not path.is_dir()):
+        if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file or folder; check the path.")
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if fault := _image_fault(path):
-                raise ValueError(f"{path}: {fault}")
-            found.append(_Found(path, None))
+        source = sources.setdefault(path.resolve(), _open(path, None, any_body_part))
+        source.given = True
+        if source.fault and not source.file.excluded:
+            raise ValueError(f"{path}: {source.fault}")
+    return list(sources.values())
+
+
+def _open(path: Path, folder: Path | None, any_body_part: bool) -> _Source:
+    if path.suffix.lower() in PICTURE_SUFFIXES and not is_dicom(path):
+        return _Source(path, folder, "picture", CTFile(path), _picture_fault(path))
+    file = read_file(path, any_body_part=any_body_part)
+    return _Source(path, folder, "dicom", file, file.fault)
+
+
+def _tell_patients_apart(sources: Sequence[_Source], identify: bool) -> dict[tuple, list[str]]:
+    """Sets the sources' patients; returns warnings by patient."""
+    unlisted = [s for s in sources if s.patient is None and s.file.may_be_slice and not s.is_blank]
+    keys, warnings = group_patients([s.identity for s in unlisted], identify=identify)
+    for source, key in zip(unlisted, keys, strict=True):
+        source.patient = ("header", key or os.fspath(source.path))
+    return defaultdict(list, {("header", key): [text] for key, text in warnings.items()})
+
+
+def _group(sources: Sequence[_Source]) -> list[_Series]:
+    """The series of DICOM files; pictures are one series a folder, if no list says better."""
+    dicom = {s.path: s for s in sources if s.kind == "dicom" and not s.fault}
+    found, repeats = group_series(
+        [s.file for s in dicom.values()], [s.patient for s in dicom.values()]
+    )
+    for path, first in repeats.items():
+        dicom[path].repeats, dicom[path].fault = dicom[first], "repeats the image {}."
+    series = [
+        _Series(
+            patient=s.patient,
+            order=(s.study_uid, s.series_uid, "", i),
+            slices=[(dicom[p], *at) for p, *at in zip(s.files, s.frames, s.positions_mm)],
+            study=s.study_uid,
+            findings=s.findings,
+            n_missing=s.n_missing,
+            is_axial=s.is_axial,
+        )
+        for i, s in enumerate(found)
+    ]
+    pictures = defaultdict(list)
+    for s in sorted(sources, key=lambda s: _natural(s.name)):
+        if s.kind == "picture" and not s.fault:
+            name, position = s.place if not math.isnan(s.place[1]) else ("", math.nan)
+            pictures[s.patient, name, os.fspath(s.path.parent)].append((s, None, position))
+    for (patient, name, folder), slices in pictures.items():
+        series.append(_Series(patient, ("", name, folder, 0), slices))
+    return series
+
+
+def _select_axial(series: Sequence[_Series], warnings: dict[tuple, list[str]]) -> list[_Series]:
+    """The axial series; another is lost where its study has no axial one in its place."""
+    axial = [s for s in series if s.is_axial]
+    studies = {(s.patient, s.study) for s in axial}
+    used = {source for s in axial for source, _, _ in s.slices}
+    for s in series:
+        if s.is_axial:
+            continue
+        alone = (s.patient, s.study) not in studies
+        for source in {source for source, _, _ in s.slices} - used:
+            source.fault, source.lost = "is not axial, expected axial slices.", alone
+        note = f"{len(s.slices)} slice(s) that are not axial are left out"
+        warnings[s.patient].append(note + ", and there are no others of their study" * alone)
+    return axial
+
+
+def _attribute_losses(sources: Sequence[_Source]) -> None:
+    """Marks which of the skipped are, or may be, slices that a bleed could hide in, and whose."""
+    used = [s for s in sources if not s.fault]
+    images = {(s.patient, _image(s)) for s in used}
+    kinds = {(s.path.parent, s.suffix) for s in used}
+    whose: dict[Path, set[tuple]] = defaultdict(set)
+    for source in used:
+        for parent in source.path.parents:
+            whose[parent].add(source.patient)
+            if source.folder in (parent, None):
+                break
+    roots = {s.folder.resolve() for s in sources if s.folder}
+    for s in sources:
+        if s.lost is not None:
+            pass
+        elif not s.fault or s.repeats or s.file.excluded or (s.patient, _image(s)) in images:
+            s.lost = False  # the same slice is there whole, or nobody would look for one
+        elif s.kind == "unread":
+            # A link into a folder that is searched anyway loses nothing.
+            within = any(s.path.resolve().is_relative_to(root) for root in roots)
+            s.lost = not (within and s.path.is_symlink()) and (
+                not s.path.is_file() or (s.path.parent, s.suffix) in kinds
+            )
+        elif s.is_blank:
+            alike = (s.path.parent, s.suffix) in kinds or s.suffix in DICOM_SUFFIXES
+            s.lost = alike or is_dicom(s.path)
         else:
-            slices = sort_frames(path)
-            found += [_Found(path, None, frame=f, position=position) for f, position in slices]
-    # Files of one series may be given one by one; `read_series` takes folders alone.
-    return sorted(found, key=lambda e: (np.nan_to_num(e.position), _natural(e.file)))
+            s.lost = s.kind == "picture" or s.file.may_be_slice
+        if s.lost:
+            s.concerned = frozenset([s.patient] if s.patient else _nearby(s, whose))
 
 
-def _image_fault(path: Path) -> str:
+def _image(source: _Source) -> tuple | Path:
+    """Equal for files that hold the same slice; one of them may be damaged."""
+    values = source.file.values
+    uid, position = values.text("SOPInstanceUID"), values.numbers("ImagePositionPatient")
+    return (uid, position) if uid and position else source.path
+
+
+def _nearby(source: _Source, whose: dict[Path, set[tuple]]) -> set[tuple]:
+    """The patients of the nearest folder with slices, if there is no telling otherwise."""
+    for parent in source.path.parents:
+        if parent in whose:
+            near = whose[parent]
+            return near if len(near) == 1 or parent == source.path.parent else set()
+        if parent == source.folder:
+            break
+    return set()
+
+
+def _number_patients(sources: Sequence[_Source]) -> dict[tuple, str]:
+    """Pseudonyms by patient, in the order of Patient ID, study, series and path."""
+    order: dict[tuple, tuple] = {}
+    for s in sources:
+        if not s.fault:
+            order[s.patient] = min(order.get(s.patient, s.order), s.order)
+    for s in sources:
+        for patient in s.concerned:
+            order.setdefault(patient, s.order)
+    return {key: f"patient-{i:03d}" for i, key in enumerate(sorted(order, key=order.get), start=1)}
+
+
+def _number_slices(
+    series: Sequence[_Series], patients: dict[tuple, str], context: int, by_name: bool
+) -> dict[tuple[_Source, int | None], Slice]:
+    """The slices by source and frame, still named as their files are; names the series."""
+    slices, rank, count = {}, list(patients), Counter()
+    for s in sorted(series, key=lambda s: (rank.index(s.patient), s.order)):
+        count[s.patient] += 1
+        s.name = f"series-{count[s.patient]:02d}"
+        positions = [position for _, _, position in s.slices]
+        if by_name and np.isnan(positions).all():
+            positions = [last_number(source.path.stem) for source, _, _ in s.slices]
+        entries, beside = s.slices, [[]] * len(positions)
+        if not np.isnan(positions).any():
+            # Pictures may be named in any order.
+            entries = [entries[i] for i in np.argsort(positions, kind="stable")]
+            beside = neighbours(sorted(positions), context)
+        files = [(os.fspath(source.path), frame) for source, frame, _ in entries]
+        for index, (source, frame, _) in enumerate(entries):
+            slices[source, frame] = Slice(
+                path=source.path,
+                file=source.name if frame is None else f"{source.name}#{frame + 1}",
+                patient=patients[s.patient],
+                series=s.name,
+                index=index,
+                given=source.given,
+                identity=source.identity,
+                frame=frame,
+                context_files=tuple(files[i] for i in beside[index]),
+            )
+    return slices
+
+
+def _rename(
+    slices: dict[tuple[_Source, int | None], Slice],
+    sources: Sequence[_Source],
+    patients: dict[tuple, str],
+    remove: Callable[[str], str],
+) -> tuple[dict[tuple[_Source, int | None], Slice], list[Skipped]]:
+    """Slices and skipped files under names that are unique and tell nobody's identity."""
+    skipped = sorted((s for s in sources if s.fault), key=lambda s: _natural(s.name))
+    count = Counter([*(entry.file for entry in slices.values()), *(s.name for s in skipped)])
+
+    def choose(name: str, pseudonym: str, path: Path) -> str:
+        if remove is str or remove(name) == name and count[name] == 1:
+            return name
+        return pseudonym + (path.suffix if path.suffix.lower() in _SUFFIXES else "")
+
+    renamed = {}
+    for key, entry in slices.items():
+        pseudonym = f"{entry.patient}/{entry.series}/{entry.index:03d}"
+        renamed[key] = replace(entry, file=choose(entry.file, pseudonym, entry.path))
+    first = {}
+    for (source, _), entry in renamed.items():
+        first.setdefault(source, entry.file.split("#")[0])
+    return renamed, [
+        Skipped(
+            file=choose(s.name, f"skipped-{i:03d}", s.path),
+            reason=s.fault.format(first[s.repeats]) if s.repeats else remove(s.fault),
+            lost=bool(s.lost),
+            patients=tuple(patients[key] for key in patients if key in s.concerned),
+            path=s.path,
+            identity=s.identity,
+        )
+        for i, s in enumerate(skipped, start=1)
+    ]
+
+
+def _describe(
+    series: Sequence[_Series],
+    slices: dict[tuple[_Source, int | None], Slice],
+    patients: dict[tuple, str],
+    warnings: dict[tuple, list[str]],
+) -> dict[str, Noticed]:
+    """What was noticed, by patient."""
+    notes = {key: [*warnings.get(key, ())] for key in patients}
+    missing = Counter()
+    for s in series:
+        names = [slices[source, frame].file for source, frame, _ in s.slices]
+        notes[s.patient] += [f"{s.name}: {finding(names.__getitem__)}" for finding in s.findings]
+        missing[s.patient] += s.n_missing
+    return {name: Noticed(tuple(notes[key]), missing[key]) for key, name in patients.items()}
+
+
+def _picture_fault(path: Path) -> str:
     """Why the header of a PNG or JPEG is refused; empty if it is not."""
     try:
         with Image.open(path) as image:
@@ -320,25 +461,6 @@ def _image_fault(path: Path) -> str:
     if mode.startswith(("I", "F")):
         return f"has pixels of more than 8 bit (mode {mode}), expected a windowed 8-bit image."
     return ""
-
-
-def _read_header(path: Path) -> dict:
-    """What a DICOM header tells for grouping; empty strings where it does not."""
-    try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER))
-    except Exception:  # no DICOM, or damaged in any way
-        return dict.fromkeys(_HEADER, "")
-    header = {}
-    for keyword in _HEADER:
-        try:
-            value = dataset.get(keyword)
-            header[keyword] = "" if value is None else str(value).strip()
-        except Exception:  # pydicom converts on access
-            header[keyword] = ""
-    header["SOPClassUID"] = header["SOPClassUID"] or str(
-        dataset.file_meta.get("MediaStorageSOPClassUID", "")
-    )
-    return header
 
 
 @cache
@@ -356,28 +478,36 @@ def _listed(path: Path) -> tuple[str, tuple[str, float], str]:
     return patient, places.get(path.stem, ("", math.nan)), os.fspath(folder.parent)
 
 
-def _remover(entries: Iterable[_Found]):
+def _remover(sources: Iterable[_Source]) -> Callable[[str], str]:
     """A function that takes identities out of names of files and of reasons.
 
     Exports name files after the SOP Instance UID, and folders after the patient.
     """
     words = set()
-    for entry in entries:
-        name = re.split(r"[\^=,\s]+", entry.header["PatientName"])
-        words |= {w for w in (entry.header["PatientID"], "".join(name), *name) if len(w) > 2}
+    for identity, accession in {
+        (s.identity, s.file.values.text("AccessionNumber")) for s in sources
+    }:
+        birth = identity.birth_date
+        parts = re.split(r"[\^=,\s]+", identity.name)
+        own = {identity.patient_id, accession, "".join(parts), *parts, birth}
+        if len(birth) == 8:
+            own |= {f"{birth[:4]}{c}{birth[4:6]}{c}{birth[6:]}" for c in "-._"}
+        words |= {word for word in own if len(word) > 1 and not is_placeholder(word)}
     # Whole words in any case; what is longer goes first. A UID is digits with four points or more.
     known = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     pattern = r"\d+(?:\.\d+){4,}" + (rf"|(?<![^\W_])(?:{known})(?![^\W_])" if known else "")
-    return lambda text: re.sub(pattern, REMOVED, text, flags=re.IGNORECASE)
+    compiled = re.compile(pattern, re.IGNORECASE)
+    return lambda text: compiled.sub(REMOVED, text)
 
 
-def _nothing_found(inputs: Sequence[Path], skipped: Sequence[_Found]) -> str:
+def _nothing_found(inputs: Sequence[str | os.PathLike], skipped: Sequence[_Source]) -> str:
     where = ", ".join(str(path) for path in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
     if not skipped:
         return f"{where}: holds no file; expected CT slices (DICOM, PNG or JPEG)."
+    first = min(skipped, key=lambda s: (not s.lost, _natural(s.name)))
     return (
         f"{where}: none of {len(skipped)} files is a readable CT slice; the first, "
-        f"{skipped[0].file}, {skipped[0].reason.rstrip('.')}."
+        f"{first.name}, {first.fault.rstrip('.')}."
     )
 
 
@@ -386,11 +516,11 @@ def _natural(text: str) -> tuple:
     return tuple((int(x), "") if x.isdigit() else (-1, x) for x in re.split(r"([0-9]+)", text))
 
 
-def _reason(error: Exception, path: Path, *others: Path) -> str:
+def _reason(error: Exception, path: Path, *neighbours: Path) -> str:
     """An error's first line without the path of a file, which says where a user's data are."""
     text = (str(error).splitlines() or [type(error).__name__])[0].strip()
     text = text.removeprefix(f"{path}: ").removeprefix(f"{path} ")
-    for known in (path, *others):
-        text = text.replace(os.fspath(known.absolute()), known.name)
-        text = text.replace(os.fspath(known), known.name)
+    for known in (path, *neighbours):
+        name = path.name if known == path else "a neighbouring slice"
+        text = text.replace(os.fspath(known.absolute()), name).replace(os.fspath(known), name)
     return text

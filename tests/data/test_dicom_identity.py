@@ -40,7 +40,7 @@ def people(*names, patient="A1", **attributes):
 
 def test_spellings_of_one_person():
     keys, warnings = group_patients(people("DOE^JOHN", "Doe^John^^Dr", "", "ANONYMOUS"))
-    assert keys == ["A1"] * 4 and warnings == []
+    assert keys == ["A1"] * 4 and warnings == {}
 
 
 @pytest.mark.parametrize(
@@ -52,18 +52,19 @@ def test_spellings_of_one_person():
     ],
 )
 def test_people_of_one_id_are_told_apart(people, what):
-    keys, [(warning, concerned)] = group_patients(people)
-    assert keys == concerned == ["1.0", "1.1"]
-    assert warning == f"one Patient ID has different {what}: taken for 2 patients, by study."
-    _, [(warning, _)] = group_patients(people, identify=True)
-    assert warning.startswith("Patient ID 'A1' has")
+    keys, warnings = group_patients(people)
+    assert keys == list(warnings) == ["1.0", "1.1"]
+    (warning,) = set(warnings.values())
+    assert warning == f"one Patient ID has different {what}: taken for 2 patients, by study"
+    _, warnings = group_patients(people, identify=True)
+    assert warnings["1.0"].startswith("Patient ID 'A1' has")
 
 
 def test_people_of_one_study_uid():
     same = [Identity("ANONYMOUS", "1", name=name) for name in ("DOE^J", "ROE^J", "DOE^J")]
-    (a, b, c), [(warning, _)] = group_patients(same)
+    (a, b, c), warnings = group_patients(same)
     assert a == c != b and "DOE" not in a + b
-    assert "Patient ID 'ANONYMOUS' is a placeholder" in warning
+    assert "Patient ID 'ANONYMOUS' is a placeholder" in warnings[a]
 
 
 def test_of_files(tmp_path, write_ct):
@@ -71,7 +72,7 @@ def test_of_files(tmp_path, write_ct):
         write_ct(tmp_path / name, np.zeros((4, 4)), PatientID=patient, StudyInstanceUID=study)
     keys, (warning,) = patient_keys([tmp_path / name for name in "abc"])
     assert {path.name: key for path, key in keys.items()} == {"a": "1.1", "b": "1.2", "c": "P7"}
-    assert warning == "Patient ID 'ANON' is a placeholder: taken for 2 patients, by study."
+    assert warning == "Patient ID 'ANON' is a placeholder: taken for 2 patients, by study"
     assert read_identity(tmp_path / "a")[:2] == ("", "1.1")
 
 

@@ -60,12 +60,12 @@ def channel_means(slices, context):
 
 
 def test_context_of_a_folder_and_of_single_files(exam):
-    slices, skipped = find_slices([exam])
+    slices, skipped, _ = find_slices([exam])
     assert skipped == []
     assert [s.file for s in slices] == ["two.dcm", "three.dcm", "one.dcm", "four.dcm"]
     expected = [[100, 100, 110], [100, 110, 120], [110, 120, 120], [130, 130, 130]]
     assert np.abs(np.subtract(channel_means(slices, 1), expected)).max() <= 1
-    given, _ = find_slices([exam / f"{name}.dcm" for name in HEIGHTS])
+    given, *_ = find_slices([exam / f"{name}.dcm" for name in HEIGHTS])
     assert channel_means(given, 1) == channel_means(slices, 1)
     plain = [[100] * 3, [110] * 3, [120] * 3, [130] * 3]
     assert np.abs(np.subtract(channel_means(slices, 0), plain)).max() <= 1
@@ -73,13 +73,13 @@ def test_context_of_a_folder_and_of_single_files(exam):
 
 @pytest.mark.parametrize("as_file", [True, False])
 def test_frames_are_slices(exam, tmp_path, as_file):
-    series, _ = find_slices([exam])
+    series, *_ = find_slices([exam])
     datasets = [pydicom.dcmread(exam / f"{name}.dcm") for name in HEIGHTS]
     image = LegacyConvertedEnhancedCTImage(datasets, generate_uid(), 1, generate_uid(), 1)
     (tmp_path / "enhanced").mkdir()
     path = tmp_path / "enhanced" / "all.dcm"
     image.save_as(path)
-    slices, skipped = find_slices([path if as_file else path.parent])
+    slices, skipped, _ = find_slices([path if as_file else path.parent])
     assert skipped == []
     assert len({s.file for s in slices}) == 4 and all(s.file.startswith("all.dcm#") for s in slices)
     assert [s.index for s in slices] == [0, 1, 2, 3]
@@ -87,7 +87,7 @@ def test_frames_are_slices(exam, tmp_path, as_file):
 
 
 def test_a_broken_neighbour_is_named_without_its_folder(exam):
-    slices, _ = find_slices([exam])
+    slices, *_ = find_slices([exam])
     whole = (exam / "three.dcm").read_bytes()
     (exam / "three.dcm").write_bytes(whole[:-100])
     mapper = IchDatasetMapper(False, augmentations=[], windows=[[100, 200]], context_slices=1)
@@ -99,7 +99,7 @@ def test_a_broken_neighbour_is_named_without_its_folder(exam):
 
 def test_what_is_no_head_is_skipped_and_not_lost(exam, write_ct):
     write_ct(exam / "chest.dcm", np.zeros((8, 8)), BodyPartExamined="CHEST", SeriesInstanceUID="1")
-    slices, (skipped,) = find_slices([exam])
+    slices, (skipped,), _ = find_slices([exam])
     assert len(slices) == 4
     assert skipped.file == "chest.dcm" and "is CHEST, expected a head" in skipped.reason
     assert not skipped.lost

@@ -131,7 +131,7 @@ def test_neighbours_of_pictures_are_those_of_the_training(voc_tree):
     root = voc_tree({i: [] for i in "abcd"}, patients=["image,patient,series,position_mm"])
     with open(root / "patients.csv", "a") as file:
         file.writelines(f"{i},p,s,{z}\n" for i, z in zip("abcd", (10, 0, 15, 5)))
-    slices, _ = find_slices([root / "JPEGImages"])
+    slices, *_ = find_slices([root / "JPEGImages"])
     assert [(s.path.stem, s.index) for s in slices] == [("b", 0), ("d", 1), ("a", 2), ("c", 3)]
     trained = {d["file_name"]: d["context_files"] for d in load_ich_voc(root, "train", context=1)}
     assert {str(s.path): list(s.context_files) for s in slices} == trained
@@ -146,7 +146,7 @@ def test_slices_at_unknown_places_are_not_diagnosed_without_their_neighbours(
         Image.new("L", (32, 32)).save(path)
     else:
         path = write_ct(tmp_path / "a.dcm", np.zeros((32, 32)))
-    (entry,), _ = find_slices([path])
+    (entry,), *_ = find_slices([path])
     mapper = IchDatasetMapper(tiny_cfg("INPUT.CONTEXT_SLICES", "1"), is_train=False)
     with pytest.raises(ValueError, match="a.*not known which slices are its neighbours.*position"):
         mapper({"file_name": str(path), "frame": None, "context_files": entry.context_files})

@@ -17,6 +17,7 @@ from pydicom.uid import JPEG2000Lossless
 
 from ich_det2.data.datasets import register_ich_datasets
 from ich_det2.engine import IchTrainer
+from ich_det2.inference import results
 
 REPO = Path(__file__).parents[2]
 
@@ -144,10 +145,14 @@ def test_files(tmp_path, run_dir, exam):
 def test_a_score_equal_to_the_threshold_is_positive(tmp_path, run_dir, exam):
     folder = exam()
     run(run_dir, folder, "--output", tmp_path / "a")
-    scores = sorted(float(row["score"]) for row in rows(tmp_path / "a/slices.csv"))
+    scores = sorted(s["score"] for s in result(tmp_path / "a")["patients"][0]["slices"])
     run(run_dir, folder, "--output", tmp_path / "b", "--threshold", repr(scores[2]))
     slices = rows(tmp_path / "b/slices.csv")
-    assert sorted(float(r["score"]) for r in slices if r["verdict"] == "positive") == scores[2:]
+    assert [r["score"] for r in slices if r["verdict"] == "positive"] == [
+        f"{s['score']:.6f}"
+        for s in result(tmp_path / "b")["patients"][0]["slices"]
+        if s["score"] >= scores[2]
+    ]
     assert all((r["verdict"] == "positive") == (r["n_boxes"] != "0") for r in slices)
     assert rows(tmp_path / "b/patients.csv")[0]["n_positive_slices"] == "2"
 
@@ -342,7 +347,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, run_dir, exam, monkeypatch,
         raise error
 
     folder = exam()
-    monkeypatch.setattr(diagnose, "draw_overlay", fail)
+    monkeypatch.setattr(results, "draw_overlay", fail)
     assert run(run_dir, folder, "--output", tmp_path / "out") == code
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exam", "run"]
 
@@ -359,9 +364,9 @@ def test_model_dir(tmp_path, run_dir, exam, capsys):
 
     assert "no such folder" in error(tmp_path / "none")
     assert "config.yaml" in error(folder)
-    assert "--threshold is 1.5" in error(run_dir, "--threshold", 1.5)
-    assert "--threshold is nan" in error(run_dir, "--threshold", "nan")
-    assert "--batch-size is 0" in error(run_dir, "--batch-size", 0)
+    assert "threshold is 1.5" in error(run_dir, "--threshold", 1.5)
+    assert "threshold is nan" in error(run_dir, "--threshold", "nan")
+    assert "batch_size is 0" in error(run_dir, "--batch-size", 0)
 
     config, weights = run_dir / "config.yaml", run_dir / "model_best.pth"
     text, saved = config.read_text(), torch.load(weights)

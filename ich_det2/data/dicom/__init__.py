@@ -3,6 +3,7 @@
 docs/dicom.md says what is read how, what is refused, and the exact formula of the window.
 """
 
+from .body_part import may_be_head
 from .elements import is_dicom
 from .header import CT_STORAGE, MAX_FRAMES, MAX_SIDE
 from .identity import (
@@ -13,23 +14,17 @@ from .identity import (
     patient_keys,
     read_identity,
 )
-from .pixels import (
-    AIR_HU,
-    CTImage,
-    check_dicom,
-    read_hu,
-    read_image,
-    read_size,
-    read_windowed,
-)
+from .pixels import AIR_HU, check_dicom, read_hu, read_size, read_windowed
 from .series import (
+    CTFile,
     CTSeries,
-    may_be_head,
+    Finding,
+    group_series,
     neighbours,
+    read_file,
     read_place,
     read_series,
     read_spacing,
-    sort_frames,
 )
 from .window import apply_window, window_image
 
@@ -38,26 +33,27 @@ __all__ = [
     "CT_STORAGE",
     "MAX_FRAMES",
     "MAX_SIDE",
-    "CTImage",
+    "CTFile",
     "CTSeries",
+    "Finding",
     "Identity",
     "apply_window",
     "check_dicom",
     "group_patients",
+    "group_series",
     "is_dicom",
     "is_placeholder",
     "may_be_head",
     "neighbours",
     "patient_key",
     "patient_keys",
+    "read_file",
     "read_hu",
     "read_identity",
-    "read_image",
     "read_place",
     "read_series",
     "read_size",
     "read_spacing",
     "read_windowed",
-    "sort_frames",
     "window_image",
 ]

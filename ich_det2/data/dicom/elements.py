@@ -1,11 +1,9 @@
-"""Data elements of a DICOM header up to its pixel data, as plain text and numbers.
+"""Attributes of a DICOM header up to its pixel data, as plain text and numbers.
 
-Most files are Explicit or Implicit VR Little Endian with elements of stated length. A scan over
-their bytes takes a fifth of the time that pydicom needs for the header, which is most of what
-reading an uncompressed slice costs (``tools/benchmark.py read-slices``). The scan is strict: at the
-first thing that it does not know for sure it gives up, and pydicom reads the header.
-
-Sections "A.x" are of DICOM PS3.5.
+pydicom parses the file; values are taken out of its raw elements, because what pydicom makes of
+them on access fails on one bad value, and costs more than the parsing. A value that is not as it
+should be is a fault of its attribute, not of the file: whether it matters is decided by who needs
+it. Sections "A.x" are of DICOM PS3.5.
 """
 
 from __future__ import annotations
@@ -15,15 +13,16 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import pydicom
 from pydicom.datadict import dictionary_description, dictionary_VR, tag_for_keyword
 from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
 from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.filewriter import write_file_meta_info
-from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
@@ -33,39 +32,44 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-KEYWORDS = (
+TEXTS = (
     "ImageType",
     "SOPClassUID",
     "SOPInstanceUID",
+    "AccessionNumber",
     "Modality",
     "PatientName",
     "PatientID",
     "PatientBirthDate",
     "PatientSex",
     "BodyPartExamined",
-    "SliceThickness",
     "StudyInstanceUID",
     "SeriesInstanceUID",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "SamplesPerPixel",
     "PhotometricInterpretation",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "PixelSpacing",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "WindowCenter",
-    "WindowWidth",
-    "RescaleIntercept",
-    "RescaleSlope",
     "RescaleType",
 )
+NUMBERS = {
+    "SliceThickness": 1,
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    "SamplesPerPixel": 1,
+    "NumberOfFrames": 1,
+    "Rows": 1,
+    "Columns": 1,
+    "PixelSpacing": 2,
+    "BitsAllocated": 1,
+    "BitsStored": 1,
+    "HighBit": 1,
+    "PixelRepresentation": 1,
+    "PixelPaddingValue": 1,
+    "PixelPaddingRangeLimit": 1,
+    "WindowCenter": None,
+    "WindowWidth": None,
+    "RescaleIntercept": 1,
+    "RescaleSlope": 1,
+}
+"""Numeric attributes, and how many values each has."""
+
 SEQUENCES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
 MAX_INFLATED = 1 << 28
@@ -73,28 +77,74 @@ MAX_INFLATED = 1 << 28
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
 
-_HEAD_BYTES = 1 << 16
-_PIXEL_DATA = 0x7FE00010
-_WANTED = {
-    int(tag): (keyword, dictionary_VR(tag), dictionary_VR(tag).encode().split(b" or "))
-    for keyword in KEYWORDS
-    for tag in [tag_for_keyword(keyword)]
-}
-_TAGS = [tag_for_keyword(keyword) for keyword in (*KEYWORDS, *SEQUENCES)]
-# VRs by the size of their length field (A.2 Explicit VR, table 7.1-1 and 7.1-2).
-_SHORT = frozenset(
-    vr.encode() for vr in "AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split()
-)
-_LONG = frozenset(vr.encode() for vr in "OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
-_EXPLICIT = struct.Struct("<HH2sH").unpack_from
-_IMPLICIT = struct.Struct("<HHI").unpack_from
-_LENGTH = struct.Struct("<I").unpack_from
-_TEXT = {"CS", "DA", "LO", "PN", "UI"}
-_DECIMAL = {"DS", "IS"}
+_TAGS = {keyword: Tag(tag_for_keyword(keyword)) for keyword in (*TEXTS, *NUMBERS, *SEQUENCES)}
+_BINARY = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FL": "f", "FD": "d", "UV": "Q", "SV": "q"}
+_VALUE_REPRESENTATIONS = frozenset(vr.value.encode() for vr in pydicom.valuerep.VR)
 
 
 class Refusal(ValueError):
     """Why a file is refused, still without the file's name."""
+
+
+class Attributes(dict):
+    """Texts, and tuples of numbers, by keyword; only what the file holds.
+
+    Attributes:
+        faults: in words, by the keyword of a value that is not as it should be.
+    """
+
+    def __init__(self, values: Iterable = (), faults: dict[str, str] | None = None):
+        super().__init__(values)
+        self.faults = faults or {}
+
+    def __or__(self, other: Attributes) -> Attributes:
+        return Attributes({**self, **other}, self.faults | other.faults)
+
+    def text(self, keyword: str) -> str:
+        """Empty where it is missing."""
+        return self.get(keyword, "")
+
+    def numbers(self, keyword: str) -> tuple[float, ...]:
+        """Empty where they are missing, or not as many as there should be."""
+        return self.get(keyword, ())
+
+    def number(self, keyword: str) -> float | None:
+        """None where it is missing."""
+        return next(iter(self.numbers(keyword)), None)
+
+    def read(self, dataset: Dataset, keywords: Iterable[str]) -> None:
+        """Takes attributes of a data set."""
+        for keyword in keywords:
+            tag = _TAGS[keyword]
+            if tag not in dataset:
+                continue
+            try:
+                value = _value(dataset, tag)
+                if keyword in NUMBERS:
+                    value = self._check(keyword, tuple(map(_number, value)))
+                else:
+                    value = "\\".join(str(part).strip(" \0\t\r\n") for part in value)
+            except Exception as error:  # pydicom converts on access, with many kinds of failure
+                self.faults[keyword] = (
+                    str(error)
+                    if isinstance(error, Refusal)
+                    else f"cannot be read{' as a number' * (keyword in NUMBERS)}"
+                )
+            else:
+                if value:
+                    self[keyword] = value
+
+    def _check(self, keyword: str, numbers: tuple[float, ...]) -> tuple[float, ...]:
+        """Of several values where one is expected the first; none, where several are."""
+        for number in numbers:
+            if not math.isfinite(number):
+                raise Refusal(f"is {number}, expected finite numbers")
+        count = NUMBERS[keyword]
+        if not numbers or count in (None, len(numbers)):
+            return numbers
+        many = f"{len(numbers)} value{'s' * (len(numbers) > 1)}"
+        self.faults[keyword] = f"has {many}, expected {'one' if count == 1 else count}"
+        return numbers[:1] if count == 1 else ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +152,7 @@ class Elements:
     """What a file says of its image.
 
     Attributes:
-        values: text, or a tuple of numbers, by keyword; only ``KEYWORDS`` that the file holds.
+        values: of the header.
         syntax: Transfer Syntax UID.
         source: the file, or its inflated content.
         offset: where the pixel data's value begins in ``source``, bytes.
@@ -110,16 +160,12 @@ class Elements:
         groups: the functional groups of an Enhanced image, shared and per frame; else None.
     """
 
-    values: dict[str, str | tuple[float, ...]]
+    values: Attributes
     syntax: UID
     source: BinaryIO
     offset: int
     length: int | None
     groups: Dataset | None = None
-
-    @property
-    def big_endian(self) -> bool:
-        return self.syntax == ExplicitVRBigEndian
 
 
 def read_elements(file: BinaryIO) -> Elements:
@@ -132,7 +178,24 @@ def read_elements(file: BinaryIO) -> Elements:
         Refusal: a deflated file that unfolds to more than ``MAX_INFLATED``.
         Exception: whatever pydicom raises on damage.
     """
-    return _scan(file, file.read(_HEAD_BYTES)) or _parse(file)
+    if not _begins_as_dicom(file.read(132)):
+        raise InvalidDicomError
+    source = inflate(file)
+    dataset = pydicom.dcmread(
+        source, force=True, stop_before_pixels=True, specific_tags=list(_TAGS.values())
+    )
+    meta = dataset.file_meta
+    syntax = UID(str(meta.get("TransferSyntaxUID", "")))
+    if not syntax:
+        implicit, little = dataset.original_encoding
+        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        syntax = syntax if little else ExplicitVRBigEndian
+    length = _enter_pixel_data(source, big_endian=syntax == ExplicitVRBigEndian)
+    values = Attributes()
+    values.read(dataset, (*TEXTS, *NUMBERS))
+    values.setdefault("SOPClassUID", str(meta.get("MediaStorageSOPClassUID", "")))
+    groups = dataset if SEQUENCES[1] in dataset else None
+    return Elements(values, syntax, source, source.tell(), length, groups)
 
 
 def is_dicom(path: str | os.PathLike) -> bool:
@@ -142,13 +205,16 @@ def is_dicom(path: str | os.PathLike) -> bool:
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(132)
+            return _begins_as_dicom(file.read(132))
     except OSError:
         return False
+
+
+def _begins_as_dicom(head: bytes) -> bool:
     if head[128:] == b"DICM":
         return True
-    little, big = head[:2] in (b"\x02\0", b"\x08\0"), head[:2] == b"\0\x08"
-    explicit = head[4:6] in _SHORT | _LONG
+    little, big = head[:2] in (b"\2\0", b"\x08\0"), head[:2] == b"\0\x08"
+    explicit = head[4:6] in _VALUE_REPRESENTATIONS
     # An implicit element has its length there, of which the first are some bytes.
     return len(head) == 132 and (explicit and (little or big) or little and head[6:8] == b"\0\0")
 
@@ -164,177 +230,46 @@ def size_of(file: BinaryIO) -> int:
 
 def label(keyword: str) -> str:
     """An attribute as the standard prints it: ``Rescale Slope (0028,1053)``."""
-    tag = tag_for_keyword(keyword)
-    return f"{dictionary_description(tag)} {Tag(tag)}"
+    return f"{dictionary_description(_TAGS[keyword])} {_TAGS[keyword]}"
 
 
-def convert(keyword: str, value) -> str | tuple[float, ...]:
-    """A value of pydicom's as this module keeps it.
-
-    Raises:
-        Refusal: a number that is none.
-    """
-    if dictionary_VR(tag_for_keyword(keyword)) in _TEXT:
-        multiple = isinstance(value, (list, tuple, MultiValue))
-        return _parts("\\".join(map(str, value)) if multiple else str(value))
-    try:
-        values = value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
-        numbers = tuple(float(v) for v in values)
-    except (TypeError, ValueError) as error:
-        raise Refusal(f"{label(keyword)} cannot be read as a number.") from error
-    return _finite(keyword, numbers)
-
-
-def _parts(text: str) -> str:
-    """The values of a text, each without its padding."""
-    if "\\" not in text:
-        return text.strip(" \0")
-    return "\\".join(part.strip(" \0") for part in text.split("\\"))
-
-
-def _finite(keyword: str, numbers: tuple[float, ...]) -> tuple[float, ...]:
-    for number in numbers:
-        if not math.isfinite(number):
-            raise Refusal(f"{label(keyword)} is {number}, expected finite numbers.")
-    return numbers
-
-
-# ---- the scan --------------------------------------------------------------------------------
-
-
-def _scan(file: BinaryIO, head: bytes) -> Elements | None:
-    """The header out of the file's first bytes; None for pydicom to read it."""
-    if head[128:132] != b"DICM":
-        return None
-    try:
-        meta = _Scan(head, 132, explicit=True, first=0x00020000, stop=0x00030000)
-        syntax = UID(meta.raw.get(0x00020010, b"").rstrip(b"\0 ").decode("ascii"))
-        if syntax == ImplicitVRLittleEndian:
-            explicit = False
-        elif syntax == ExplicitVRLittleEndian or (
-            syntax.is_transfer_syntax and syntax.is_encapsulated
-        ):
-            explicit = True
-        else:
-            return None
-        data = _Scan(head, meta.end, explicit=explicit, first=0x00080000, stop=_PIXEL_DATA)
-        tag, length, offset = data.last
-        if tag != _PIXEL_DATA or data.has_frames:
-            return None
-        values = {}
-        for tag, raw in data.raw.items():
-            keyword, vr, _ = _WANTED[tag]
-            if value := _interpret(raw, vr):
-                values[keyword] = value
-    except (_Unsure, struct.error, ValueError):
-        return None
-    return Elements(values, syntax, file, offset, length)
-
-
-class _Unsure(Exception):
-    """The scan met something that it leaves to pydicom."""
-
-
-class _Scan:
-    """Walks over elements in ascending order of their tags up to a tag.
-
-    Attributes:
-        raw: values of the wanted elements (and of group 2), by tag.
-        last: tag, length and offset of the value of the element at which the walk to the pixel
-            data ended.
-        end: offset of the element at which another walk ended.
-        has_frames: whether there are functional groups of an Enhanced image.
-    """
-
-    def __init__(self, data: bytes, at: int, *, explicit: bool, first: int, stop: int):
-        self.raw: dict[int, bytes] = {}
-        self.has_frames = False
-        wanted, short, long, raw = _WANTED, _SHORT, _LONG, self.raw
-        start_of, long_length = _EXPLICIT if explicit else _IMPLICIT, _LENGTH
-        size, before = len(data), first - 1
-        vr = b""
-        while True:
-            if at + 12 > size:
-                raise _Unsure
-            if explicit:
-                group, element, vr, length = start_of(data, at)
-            else:
-                group, element, length = start_of(data, at)
-            tag = group << 16 | element
-            if tag <= before:
-                raise _Unsure
-            if tag >= stop and stop != _PIXEL_DATA:
-                self.end = at
-                return
-            start = at + 8
-            if explicit and vr not in short:
-                if vr not in long:
-                    raise _Unsure
-                (length,) = long_length(data, start)
-                start += 4
-            if tag >= stop:
-                if tag == _PIXEL_DATA and vr not in (b"", b"OB", b"OW"):
-                    raise _Unsure
-                self.last = (tag, length, start)
-                return
-            at = start + length
-            # Sequences of undefined length, and what is beyond the head, are left to pydicom.
-            if at > size:
-                raise _Unsure
-            if tag in wanted or tag < 0x00030000:
-                if explicit and tag in wanted and vr not in wanted[tag][2]:
-                    raise _Unsure
-                raw[tag] = data[start:at]
-            elif tag in (0x52009229, 0x52009230):
-                self.has_frames = True
-            before = tag
-
-
-def _interpret(raw: bytes, vr: str) -> str | tuple[float, ...]:
-    if not raw:
-        return ()
-    if vr in _TEXT:
-        # Other than ASCII depends on Specific Character Set.
-        return _parts(raw.decode("ascii"))
-    if vr in _DECIMAL:
-        text = raw.decode("ascii").rstrip("\0").strip()
-        numbers = tuple(float(part) for part in text.split("\\")) if text else ()
-        if not all(map(math.isfinite, numbers)) or "_" in text:
-            raise _Unsure
-        return numbers
-    if len(raw) != 2:
-        raise _Unsure
-    return (float(int.from_bytes(raw, "little")),)
-
-
-# ---- pydicom ---------------------------------------------------------------------------------
-
-
-def _parse(file: BinaryIO) -> Elements:
-    file.seek(0)
-    file = _inflate(file)
-    dataset = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
-    syntax = UID(str(dataset.file_meta.get("TransferSyntaxUID", "")))
-    if not syntax:
-        implicit, little = dataset.original_encoding
-        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-        syntax = syntax if little else ExplicitVRBigEndian
-    length = _enter_pixel_data(file, big_endian=syntax == ExplicitVRBigEndian)
-    values = {}
-    for keyword in KEYWORDS:
+def _value(dataset: Dataset, tag: int) -> Iterable:
+    """The values of an element, whatever VR the file gives it."""
+    element = dataset.get_item(tag)
+    value = element.value
+    if isinstance(value, bytes):
+        vr = dictionary_VR(tag) if element.VR in (None, "UN", "OB", "OW") else element.VR
+        code = _BINARY.get(vr[:2])  # "US or SS"
+        if code:
+            order = "<" if element.is_little_endian else ">"
+            return [number for (number,) in struct.iter_unpack(order + code, value)]
+        if value.isascii() and b"\x1b" not in value:
+            text = value.decode("ascii")
+            return text.split("\\") if text.strip(" \0") else ()
+        # What other characters mean depends on Specific Character Set.
         try:
-            value = dataset.get(keyword)
-        except Exception as error:  # pydicom converts on access, with many kinds of failure
-            raise Refusal(f"{label(keyword)} cannot be read.") from error
-        if value not in (None, ""):
-            values[keyword] = convert(keyword, value)
-    groups = dataset if SEQUENCES[1] in dataset else None
-    return Elements(values, syntax, file, file.tell(), length, groups)
+            value = dataset[tag].value
+        except Exception:
+            return value.decode("latin-1").split("\\")
+    if value is None or value == "":
+        return ()
+    return value if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
 
 
-def _inflate(file: BinaryIO) -> BinaryIO:
+def _number(value) -> float:
+    if isinstance(value, str) and "_" in value:
+        raise ValueError
+    return float(value.strip(" \0\t\r\n") if isinstance(value, str) else value)
+
+
+def inflate(file: BinaryIO) -> BinaryIO:
     """The file itself, or a deflated file's content (A.5) as an Explicit VR file in memory."""
-    read_preamble(file, False)
+    file.seek(0)
+    deflated = DeflatedExplicitVRLittleEndian.encode() in file.read(1 << 12)
+    file.seek(0)
+    if not deflated:
+        return file
+    read_preamble(file, True)
     meta = _read_file_meta_info(file)
     if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
         file.seek(0)

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRBigEndian
 
 from .elements import (
     SEQUENCES,
     UNDEFINED_LENGTH,
+    Attributes,
     Elements,
     Refusal,
-    convert,
     label,
     read_elements,
     size_of,
@@ -56,19 +58,26 @@ _GROUPS = {
 _FRAME_TYPE = "CTImageFrameTypeSequence"
 
 
+_NOT_SLICES = ("LOCALIZER", "SCREEN SAVE", "DOSE", "PROT", "REPORT")
+"""Words of Image Type (0008,0008) of pictures that scanners store beside their slices."""
+
+_KEPT_FRAMES = 1 << 14
+"""Headers kept in memory, about 3 KiB each."""
+
+
 @dataclass(frozen=True)
 class Header:
     """What is needed to turn a slice's pixel data into HU and to place it.
 
     Attributes:
-        values: see ``Elements``; in an Enhanced image with the values of this frame.
+        values: of the file's header; in an Enhanced image with those of this frame.
         frame: 0-based.
         frames: F.
         offset: of the pixel data's value in the source, bytes.
         padding: stored values, both ends included, as 16-bit words.
     """
 
-    values: Mapping[str, str | tuple[float, ...]]
+    values: Attributes
     syntax: UID
     frame: int
     frames: int
@@ -77,7 +86,6 @@ class Header:
     columns: int
     bits_stored: int
     signed: bool
-    big_endian: bool
     slope: float
     intercept: float
     padding: tuple[int, int] | None
@@ -87,11 +95,20 @@ class Header:
         return self.syntax.is_encapsulated
 
     @property
+    def big_endian(self) -> bool:
+        return self.syntax == ExplicitVRBigEndian
+
+    @property
     def spacing_mm(self) -> tuple[float, float]:
         """Distance of rows and of columns; NaN where the file does not say."""
-        spacing = numbers(self.values, "PixelSpacing")
-        valid = len(spacing) == 2 and min(spacing) > 0
-        return (spacing[0], spacing[1]) if valid else (math.nan, math.nan)
+        spacing = self.values.numbers("PixelSpacing")
+        return spacing if spacing and min(spacing) > 0 else (math.nan, math.nan)
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether Image Type names no localizer, dose report or screen save."""
+        image_type = self.values.text("ImageType").upper().replace("_", " ")
+        return not any(re.search(rf"\b{word}", image_type) for word in _NOT_SLICES)
 
 
 @contextmanager
@@ -128,35 +145,71 @@ def _printable(message: object, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(message)[:limit])
 
 
-def read_headers(file: BinaryIO) -> tuple[list[Header], BinaryIO]:
+class _Recent:
+    """The headers of the files that were read last, so that a file of 300 frames, or one that is
+    sorted first and read later, is parsed once."""
+
+    def __init__(self, frames: int):
+        self._frames, self._files, self._lock = frames, {}, threading.Lock()
+        self._count = 0
+
+    def get(self, key: tuple) -> tuple[Header, ...] | None:
+        return self._files.get(key)
+
+    def put(self, key: tuple, headers: tuple[Header, ...]) -> None:
+        with self._lock:
+            self._count += len(headers) - len(self._files.pop(key, ()))
+            self._files[key] = headers
+            while self._count > self._frames and len(self._files) > 1:
+                self._count -= len(self._files.pop(next(iter(self._files))))
+
+
+_recent = _Recent(_KEPT_FRAMES)
+
+
+def read_headers(file: BinaryIO, seen: list[Attributes] | None = None) -> tuple[Header, ...]:
     """Parse and validate a CT file up to and including the extent of its pixel data.
 
     Args:
         file: open for reading at its start.
+        seen: takes the file's attributes, of one that is refused, too.
 
     Returns:
-        The headers of its F frames, and the file that their offset refers to.
+        The headers of its F frames.
 
     Raises:
         Refusal: the file is readable but no grey CT image that is whole.
         Exception: whatever pydicom raises on damage.
     """
-    elements = read_elements(file)
+    stat = os.fstat(file.fileno())
+    key = os.path.abspath(file.name), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    headers = _recent.get(key)
+    if headers is None:
+        elements = read_elements(file)
+        if seen is not None:
+            seen.append(elements.values)
+        headers = _check(elements)
+        _recent.put(key, headers)
+    elif seen is not None:
+        seen.append(headers[0].values)
+    return headers
+
+
+def _check(elements: Elements) -> tuple[Header, ...]:
     values = elements.values
-    modality = text(values, "Modality")
-    if modality not in ("", "CT"):
+    modality, storage = values.text("Modality"), values.text("SOPClassUID")
+    if modality.upper() not in ("", "CT"):
         raise Refusal(f"{label('Modality')} is {modality}, expected CT.")
-    storage = text(values, "SOPClassUID")
     if storage and storage not in CT_STORAGE:
         raise Refusal(f"{label('SOPClassUID')} is {UID(storage).name}, expected CT Image Storage.")
     if elements.length is None:
         raise Refusal("ends without Pixel Data (7FE0,0010): it is truncated or holds no image.")
-    if not modality:
+    if not modality and not storage:
         raise Refusal(f"has no {label('Modality')}, expected CT.")
 
     frames = int(_integer(values, "NumberOfFrames", 1, MAX_FRAMES)) if _has_frames(values) else 1
     samples = _integer(values, "SamplesPerPixel")
-    photometric = text(values, "PhotometricInterpretation")
+    photometric = values.text("PhotometricInterpretation")
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
         raise Refusal(
             f"is a colour picture or screen capture ({samples} samples a pixel, "
@@ -165,7 +218,8 @@ def read_headers(file: BinaryIO) -> tuple[list[Header], BinaryIO]:
     rows, columns = (_integer(values, k, 1, MAX_SIDE) for k in ("Rows", "Columns"))
     _integer(values, "BitsAllocated", 16, 16)  # the CT Image IOD, C.8.2.1
     bits_stored = _integer(values, "BitsStored", 1, 16)
-    _integer(values, "HighBit", bits_stored - 1, bits_stored - 1)
+    if "HighBit" in values:
+        _integer(values, "HighBit", bits_stored - 1, bits_stored - 1)
     signed = _integer(values, "PixelRepresentation", 0, 1) == 1
     of_frames = _frame_values(values, elements.groups, frames)
     rescale = [_rescale(v) for v in of_frames]
@@ -175,54 +229,35 @@ def read_headers(file: BinaryIO) -> tuple[list[Header], BinaryIO]:
         _check_fragments(elements, (rows, columns), frames)
     else:
         _check_length(elements, 2 * rows * columns * frames)
-    first = Header(
-        values=of_frames[0],
-        syntax=elements.syntax,
-        frame=0,
-        frames=frames,
-        offset=elements.offset,
-        rows=rows,
-        columns=columns,
-        bits_stored=bits_stored,
-        signed=signed,
-        big_endian=elements.big_endian,
-        slope=rescale[0][0],
-        intercept=rescale[0][1],
-        padding=_padding(values),
+    return tuple(
+        Header(
+            values=of_frames[i],
+            syntax=elements.syntax,
+            frame=i,
+            frames=frames,
+            offset=elements.offset,
+            rows=rows,
+            columns=columns,
+            bits_stored=bits_stored,
+            signed=signed,
+            slope=rescale[i][0],
+            intercept=rescale[i][1],
+            padding=_padding(values),
+        )
+        for i in range(frames)
     )
-    rest = (
-        replace(first, values=of_frames[i], frame=i, slope=rescale[i][0], intercept=rescale[i][1])
-        for i in range(1, frames)
-    )
-    return [first, *rest], elements.source
 
 
-def text(values: Mapping, keyword: str) -> str:
-    """A text attribute, empty where it is missing."""
-    return values.get(keyword, "")
-
-
-def numbers(values: Mapping, keyword: str) -> tuple[float, ...]:
-    """The values of a numeric attribute, empty where it is missing or empty."""
-    return values.get(keyword, ())
-
-
-def number(values: Mapping, keyword: str) -> float | None:
-    """The value of a numeric attribute, None where it is missing or empty."""
-    found = numbers(values, keyword)
-    if len(found) > 1:
-        raise Refusal(f"{label(keyword)} has {len(found)} values, expected one.")
-    return found[0] if found else None
-
-
-def _required(values: Mapping, keyword: str) -> float:
-    value = number(values, keyword)
+def _required(values: Attributes, keyword: str) -> float:
+    if keyword in values.faults:
+        raise Refusal(f"{label(keyword)} {values.faults[keyword]}.")
+    value = values.number(keyword)
     if value is None:
         raise Refusal(f"has no {label(keyword)}, which a CT image must have.")
     return value
 
 
-def _integer(values: Mapping, keyword: str, low: int = 0, high: int = 2**31) -> int:
+def _integer(values: Attributes, keyword: str, low: int = 0, high: int = 2**31) -> int:
     value = _required(values, keyword)
     if value != int(value) or not low <= value <= high:
         expected = f"{low}" if low == high else f"{low} to {high}"
@@ -230,41 +265,42 @@ def _integer(values: Mapping, keyword: str, low: int = 0, high: int = 2**31) -> 
     return int(value)
 
 
-def _has_frames(values: Mapping) -> bool:
+def _has_frames(values: Attributes) -> bool:
     # Some writers put 0 where there is one image.
-    return number(values, "NumberOfFrames") not in (None, 0)
+    return "NumberOfFrames" in values.faults or values.number("NumberOfFrames") not in (None, 0)
 
 
-def _rescale(values: Mapping) -> tuple[float, float]:
+def _rescale(values: Attributes) -> tuple[float, float]:
     # Both Type 1 in the CT Image IOD (C.8.2.1): without them stored values have no unit.
     slope = _required(values, "RescaleSlope")
     intercept = _required(values, "RescaleIntercept")
     if slope == 0:
         raise Refusal(f"{label('RescaleSlope')} is 0, expected a slope to Hounsfield units.")
-    unit = text(values, "RescaleType")
-    if unit not in ("", "HU", "US"):  # US, "unspecified", is what older scanners write for HU
+    unit = values.text("RescaleType").upper()
+    # US, "unspecified", is what older scanners write for HU.
+    if unit not in ("", "HU", "US", "HOUNSFIELD", "HOUNSFIELD UNITS", "UNSPECIFIED"):
         raise Refusal(f"{label('RescaleType')} is {unit}, expected HU.")
     return slope, intercept
 
 
-def _padding(values: Mapping) -> tuple[int, int] | None:
-    value = number(values, "PixelPaddingValue")
+def _padding(values: Attributes) -> tuple[int, int] | None:
+    value = values.number("PixelPaddingValue")
     if value is None:
         return None
-    limit = number(values, "PixelPaddingRangeLimit")
+    limit = values.number("PixelPaddingRangeLimit")
     # Files mix up the VR (US or SS) of these values, so they are kept as the pixels' 16-bit word.
     return int(value) & 0xFFFF, int(value if limit is None else limit) & 0xFFFF
 
 
-def _frame_values(values: dict, groups: Dataset | None, frames: int) -> list[dict]:
+def _frame_values(values: Attributes, groups: Dataset | None, frames: int) -> list[Attributes]:
     """The values of each frame: those of the header, the shared and its own functional groups."""
     if groups is None:
-        if frames > 1:
-            raise Refusal(
-                f"holds {frames} frames without Per-Frame Functional Groups Sequence (5200,9230), "
-                "so their positions are unknown; export one slice a file."
-            )
-        return [values]
+        if frames == 1:
+            return [values]
+        # The one position in the header is not that of each frame.
+        alike = Attributes(values, dict(values.faults))
+        alike.pop("ImagePositionPatient", None)
+        return [alike] * frames
     per_frame = groups[SEQUENCES[1]].value
     if len(per_frame) != frames:
         raise Refusal(
@@ -272,19 +308,17 @@ def _frame_values(values: dict, groups: Dataset | None, frames: int) -> list[dic
             f"expected {frames}, the Number of Frames."
         )
     shared = groups.get(SEQUENCES[0])
-    common = {**values, **(_group_values(shared[0]) if shared else {})}
-    return [{**common, **_group_values(item)} for item in per_frame]
+    common = values | _group_values(shared[0]) if shared else values
+    return [common | _group_values(item) for item in per_frame]
 
 
-def _group_values(item: Dataset) -> dict:
-    found = {}
+def _group_values(item: Dataset) -> Attributes:
+    found = Attributes()
     for sequence, keywords in _GROUPS.items():
-        for keyword in keywords if item.get(sequence) else ():
-            value = item[sequence][0].get(keyword)
-            if value not in (None, ""):
-                found[keyword] = convert(keyword, value)
-    if item.get(_FRAME_TYPE):
-        found["ImageType"] = convert("ImageType", item[_FRAME_TYPE][0].get("FrameType", ""))
+        if item.get(sequence):
+            found.read(item[sequence][0], keywords)
+    if item.get(_FRAME_TYPE) and (frame_type := item[_FRAME_TYPE][0].get("FrameType")):
+        found["ImageType"] = "\\".join([frame_type] if isinstance(frame_type, str) else frame_type)
     return found
 
 

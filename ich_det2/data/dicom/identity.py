@@ -11,11 +11,12 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .header import naming, read_headers, text
+from .elements import Attributes
+from .header import naming, read_headers
 
 _PLACEHOLDERS = frozenset(
     """ANON ANONYM ANONYME ANONYMISE ANONYMISED ANONYMISIERT ANONYMIZED ANONYMOUS ANONYMUS ANONIM
@@ -26,7 +27,7 @@ _PLACEHOLDERS = frozenset(
     REDACTED REMOVED SCONOSCIUTO SUBJECT TBD TEMP TEST TESTPATIENT UNBEKANNT UNDEFINED UNIDENTIFIED
     UNK UNKNOWN UNNAMED UNSPECIFIED UNDISCLOSED DE OF THE 匿名 不明""".split()
 )
-_FILLERS = re.compile(r"0+|X+|(?:N A)|(\d)\1{4,}|1234567?8?9?0?|0123456789?")
+_FILLERS = re.compile(r"0+|X+|(\d)\1{4,}|1234567?8?9?0?|0123456789?")
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,20 @@ class Identity:
     sex: str = ""
 
     @classmethod
-    def of(cls, values: Mapping) -> Identity:
-        """Out of the values of a header, see ``Elements``."""
-        keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-        return cls(
-            *(text(values, keyword) for keyword in keywords),
-            *(text(values, k) for k in ("PatientName", "PatientBirthDate", "PatientSex")),
-        )
+    def of(cls, values: Attributes) -> Identity:
+        """Out of the values of a header."""
+        uids = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+        person = ("PatientName", "PatientBirthDate", "PatientSex")
+        return cls(*map(values.text, ("PatientID", *uids, *person)))
 
 
 def is_placeholder(patient_id: str) -> bool:
     """Whether a Patient ID or Name is empty, or what stands where one was taken out."""
-    words = _words(patient_id)
+    found = words(patient_id)
     return (
-        all(word in _PLACEHOLDERS or _FILLERS.fullmatch(word) for word in words)
-        or "".join(words) in _PLACEHOLDERS
-        or _FILLERS.fullmatch(" ".join(words)) is not None
+        all(word in _PLACEHOLDERS or _FILLERS.fullmatch(word) for word in found)
+        or "".join(found) in _PLACEHOLDERS
+        or " ".join(found) == "N A"
     )
 
 
@@ -70,7 +69,7 @@ def patient_key(identity: Identity) -> str:
 
 def group_patients(
     identities: Sequence[Identity], *, identify: bool = False
-) -> tuple[list[str], list[tuple[str, list[str]]]]:
+) -> tuple[list[str], dict[str, str]]:
     """Tells the patients of many images apart.
 
     Args:
@@ -79,10 +78,10 @@ def group_patients(
 
     Returns:
         The ``patient_key`` of each image, where one Patient ID has people of different name, birth
-        date or sex that of the study; and pairs of a warning and the keys that it concerns.
+        date or sex that of the study; and a warning for each key that was made so.
     """
     keys = [patient_key(identity) for identity in identities]
-    warnings = []
+    warnings = {}
     by_id: dict[str, list[int]] = defaultdict(list)
     for i, identity in enumerate(identities):
         by_id[identity.patient_id].append(i)
@@ -105,7 +104,7 @@ def group_patients(
                     keys[i] = f"{study}-{_digest(identities[i])}"
         apart = sorted({keys[i] for i in images})
         if len(apart) > 1:
-            warnings.append((f"{reason}: taken for {len(apart)} patients, by study.", apart))
+            warnings |= dict.fromkeys(apart, f"{reason}: taken for {len(apart)} patients, by study")
     return keys, warnings
 
 
@@ -122,7 +121,7 @@ def patient_keys(
     """
     paths = [Path(path) for path in paths]
     keys, warnings = group_patients([_read(path) for path in paths], identify=identify)
-    return dict(zip(paths, keys, strict=True)), [message for message, _ in warnings]
+    return dict(zip(paths, keys, strict=True)), sorted(set(warnings.values()))
 
 
 def read_identity(path: str | os.PathLike) -> tuple[str, str, str]:
@@ -146,11 +145,11 @@ def read_identity(path: str | os.PathLike) -> tuple[str, str, str]:
 
 def _read(path: str | os.PathLike) -> Identity:
     with naming(path), open(path, "rb") as file:
-        return Identity.of(read_headers(file)[0][0].values)
+        return Identity.of(read_headers(file)[0].values)
 
 
-def _words(value: str) -> list[str]:
-    """Words in capitals without accents."""
+def words(value: str) -> list[str]:
+    """The words of a free text, in capitals without accents."""
     plain = unicodedata.normalize("NFKD", value.upper())
     plain = "".join(c for c in plain if not unicodedata.combining(c))
     return re.findall(r"[^\W_]+", plain)
@@ -158,7 +157,7 @@ def _words(value: str) -> list[str]:
 
 def _differences(people: Sequence[Identity]) -> str:
     """Which attributes show that images are of several people; empty if none does."""
-    names = {frozenset(_words(p.name)) for p in people if not is_placeholder(p.name)}
+    names = {frozenset(words(p.name)) for p in people if not is_placeholder(p.name)}
     births = {p.birth_date for p in people if re.fullmatch(r"(?!0|19000101)\d{8}", p.birth_date)}
     sexes = {p.sex.upper() for p in people} & {"M", "F"}
     # DOE^JOHN and DOE^JOHN^^DR are one.
@@ -168,5 +167,5 @@ def _differences(people: Sequence[Identity]) -> str:
 
 
 def _digest(identity: Identity) -> str:
-    person = "|".join([*sorted(_words(identity.name)), identity.birth_date, identity.sex])
+    person = "|".join([*sorted(words(identity.name)), identity.birth_date, identity.sex])
     return hashlib.sha256(person.encode()).hexdigest()[:12]

@@ -6,18 +6,17 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import cv2
 import numpy as np
-from pydicom.pixels import pixel_array
+from pydicom.pixels import get_decoder
 from scipy import ndimage
 
-from .elements import Refusal
-from .header import Header, naming, numbers, read_headers, text
+from .elements import Refusal, inflate
+from .header import Header, naming, read_headers
 from .window import window_image
 
 AIR_HU = -1000.0
@@ -30,29 +29,14 @@ _ANY_PLACE = {"values": None, "frame": 0, "frames": 1, "offset": 0, "rows": 0, "
 
 
 class Cache(Protocol):
-    """What ``read_image`` asks of a cache, see ``ich_det2.data.cache``."""
+    """What ``read_hu`` asks of a cache, see ``ich_det2.data.cache``."""
 
     def get(self, key: tuple[Hashable, ...], make: Callable[[], np.ndarray]) -> np.ndarray: ...
 
 
-@dataclass(frozen=True)
-class CTImage:
-    """A slice with what its header says about its pixels.
-
-    Attributes:
-        hu: float32 (H, W), HU.
-        spacing_mm: distance of rows and of columns; NaN where the file does not say.
-        windows: (level HU, width HU) of the file's VOI windows, in its order (C.11.2).
-        sop_uid: SOP Instance UID, empty where the file does not say.
-    """
-
-    hu: np.ndarray
-    spacing_mm: tuple[float, float]
-    windows: tuple[tuple[float, float], ...]
-    sop_uid: str
-
-
-def read_hu(path: str | os.PathLike, frame: int | None = None) -> np.ndarray:
+def read_hu(
+    path: str | os.PathLike, frame: int | None = None, *, cache: Cache | None = None
+) -> np.ndarray:
     """Read one CT slice as Hounsfield units.
 
     ``HU = Rescale Slope * stored value + Rescale Intercept`` (C.11.1.1.2). Pixels that hold Pixel
@@ -64,6 +48,7 @@ def read_hu(path: str | os.PathLike, frame: int | None = None) -> np.ndarray:
     Args:
         path: a DICOM file with one CT image, or an Enhanced CT image of several frames.
         frame: 0-based frame; only a file of several frames needs it.
+        cache: keeps the HU of compressed slices, which take long to decode.
 
     Returns:
         float32 array sized (H, W), in HU, rows and columns as stored.
@@ -73,27 +58,8 @@ def read_hu(path: str | os.PathLike, frame: int | None = None) -> np.ndarray:
         ValueError: not a DICOM file, not CT, no pixel data, truncated, colour, no such frame, no
             rescale values, or a compression nobody can decode. The message names the file.
     """
-    return read_image(path, frame).hu
-
-
-def read_image(
-    path: str | os.PathLike, frame: int | None = None, *, cache: Cache | None = None
-) -> CTImage:
-    """Read one CT slice with its pixel spacing and windows.
-
-    Args:
-        path, frame: as ``read_hu``.
-        cache: keeps the HU of compressed slices, which take long to decode.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``read_hu``.
-    """
     with naming(path), open(path, "rb") as file:
-        header, source = _header(file, frame)
-        hu = _read_hu(file, source, header, cache)
-        return CTImage(
-            hu, header.spacing_mm, _windows(header), text(header.values, "SOPInstanceUID")
-        )
+        return _read_hu(file, _header(file, frame), cache)
 
 
 def read_windowed(
@@ -109,7 +75,7 @@ def read_windowed(
     for a series, by the same functions, and looked up.
 
     Args:
-        path, frame, cache: as ``read_image``.
+        path, frame, cache: as ``read_hu``.
         windows: C pairs (level HU, width HU).
 
     Returns:
@@ -121,10 +87,10 @@ def read_windowed(
     """
     windows = tuple((float(level), float(width)) for level, width in windows)
     with naming(path), open(path, "rb") as file:
-        header, source = _header(file, frame)
-        words = None if header.compressed else _read_words(source, header)
+        header = _header(file, frame)
+        words = None if header.compressed else _read_words(file, header)
         if words is None or not _is_pointwise(words, header):
-            hu = _read_hu(file, source, header, cache)
+            hu = _read_hu(file, header, cache)
             return window_image(hu, windows), header.spacing_mm
         rescale = replace(header, **_ANY_PLACE)
         planes = [cv2.LUT(words, table) for table in _grey_tables(rescale, windows)]
@@ -132,14 +98,14 @@ def read_windowed(
         return image.reshape(*words.shape, len(planes)), header.spacing_mm
 
 
-def _read_hu(file: BinaryIO, source: BinaryIO, header: Header, cache: Cache | None) -> np.ndarray:
+def _read_hu(file: BinaryIO, header: Header, cache: Cache | None) -> np.ndarray:
     if not header.compressed:
-        return _to_hu(_read_words(source, header), header)
+        return _to_hu(_read_words(file, header), header)
     if cache is None:
-        return _to_hu(_decode(file.name, header), header)
-    stat, uid = os.fstat(file.fileno()), text(header.values, "SOPInstanceUID")
+        return _to_hu(_decode(file, header), header)
+    stat, uid = os.fstat(file.fileno()), header.values.text("SOPInstanceUID")
     key = (os.path.abspath(file.name), header.frame, stat.st_size, stat.st_mtime_ns, uid)
-    return cache.get(key, lambda: _to_hu(_decode(file.name, header), header))
+    return cache.get(key, lambda: _to_hu(_decode(file, header), header))
 
 
 def check_dicom(path: str | os.PathLike, frame: int | None = None) -> None:
@@ -163,19 +129,19 @@ def check_dicom(path: str | os.PathLike, frame: int | None = None) -> None:
 def read_size(path: str | os.PathLike) -> tuple[int, int]:
     """Rows and Columns of a slice that passes ``check_dicom``; errors of ``read_hu``."""
     with naming(path), open(path, "rb") as file:
-        header, _ = _header(file, None)
+        header = _header(file, None)
         return header.rows, header.columns
 
 
-def _header(file: BinaryIO, frame: int | None) -> tuple[Header, BinaryIO]:
-    headers, source = read_headers(file)
+def _header(file: BinaryIO, frame: int | None) -> Header:
+    headers = read_headers(file)
     if frame is None and len(headers) > 1:
         raise Refusal(
             f"holds {len(headers)} frames, expected one; name a frame, or export one slice a file."
         )
     if not 0 <= (frame or 0) < len(headers):
         raise Refusal(f"holds {len(headers)} frame(s), so there is no frame {frame}.")
-    return headers[frame or 0], source
+    return headers[frame or 0]
 
 
 def _read_words(file: BinaryIO, header: Header) -> np.ndarray:
@@ -188,6 +154,7 @@ def _read_words(file: BinaryIO, header: Header) -> np.ndarray:
     if words is None or len(words) < count:
         words = _scratch.words = np.empty(count, np.uint16)
     words = words[:count]
+    file = inflate(file)
     file.seek(header.offset + header.frame * words.nbytes)
     view, filled = memoryview(words.view(np.uint8)), 0
     while filled < words.nbytes:
@@ -200,9 +167,22 @@ def _read_words(file: BinaryIO, header: Header) -> np.ndarray:
     return words.reshape(header.rows, header.columns)
 
 
-def _decode(path: str | os.PathLike, header: Header) -> np.ndarray:
+def _decode(file: BinaryIO, header: Header) -> np.ndarray:
     """Stored values of a compressed slice, sized (H, W); int16 or uint16 of Bits Stored."""
-    stored = pixel_array(Path(path), index=header.frame)
+    file.seek(header.offset)
+    stored, _ = get_decoder(header.syntax).as_array(
+        file,
+        index=header.frame,
+        number_of_frames=header.frames,
+        rows=header.rows,
+        columns=header.columns,
+        samples_per_pixel=1,
+        photometric_interpretation=header.values.text("PhotometricInterpretation"),
+        bits_allocated=16,
+        bits_stored=header.bits_stored,
+        pixel_representation=int(header.signed),
+        pixel_keyword="PixelData",
+    )
     if stored.shape != (header.rows, header.columns):
         raise Refusal(
             f"decodes to {stored.shape}, its header says ({header.rows}, {header.columns})."
@@ -314,8 +294,3 @@ def _grey_tables(
     words = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
     grey = window_image(_to_hu(words, header), windows)
     return tuple(np.ascontiguousarray(grey[..., i].ravel()) for i in range(len(windows)))
-
-
-def _windows(header: Header) -> tuple[tuple[float, float], ...]:
-    levels, widths = (numbers(header.values, k) for k in ("WindowCenter", "WindowWidth"))
-    return tuple((c, w) for c, w in zip(levels, widths) if w > 0)

@@ -1,29 +1,141 @@
-"""CT series: the slices of a folder, grouped and in anatomical order.
+"""CT series: the slices of files, grouped and in anatomical order.
 
 Sections "C.x" are of DICOM PS3.3.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from ...files import walk
-from .elements import Refusal, label
-from .header import Header, naming, number, numbers, read_headers, text
-
-HEAD_PARTS = ("HEAD", "BRAIN", "SKULL", "CRANI", "FACE", "ORBIT", "SINUS", "NECK", "WHOLEBODY")
-"""A Body Part Examined that names none of these is no head (PS3.16, annex L). CT angiographies of
-head and neck are kept; a file that does not say is taken for a head."""
+from ...files import sha256, walk
+from .body_part import may_be_head
+from .elements import Attributes, label
+from .header import CT_STORAGE, Header, naming, read_headers
+from .identity import Identity, group_patients
+from .pixels import read_hu
 
 _SAME_MM = 1e-2
 """Slices nearer to each other than this lie at one position."""
+
+_AXIAL = math.cos(math.radians(45))
+"""Least cosine between the normal of an axial slice and the patient's long axis; a gantry tilts by
+up to 30 degrees."""
+
+
+@dataclass(frozen=True)
+class CTSlice:
+    """A slice of a file: the file, its header, and where the slice lies."""
+
+    path: Path
+    header: Header
+
+    @property
+    def frame(self) -> int | None:
+        """0-based; None in a file of a single slice."""
+        return self.header.frame if self.header.frames > 1 else None
+
+    @cached_property
+    def directions(self) -> np.ndarray | None:
+        """(2, 3): unit vectors along a row and a column."""
+        directions = np.array(self.header.values.numbers("ImageOrientationPatient"))
+        if directions.size != 6:
+            return None
+        directions = directions.reshape(2, 3)
+        lengths = np.linalg.norm(directions, axis=1)
+        if not np.allclose(lengths, 1, atol=0.01) or abs(directions[0] @ directions[1]) > 0.01:
+            return None
+        return directions / lengths[:, None]
+
+    @cached_property
+    def position_mm(self) -> float:
+        """Along the slice normal, row x column direction; NaN where the file does not say."""
+        position = np.array(self.header.values.numbers("ImagePositionPatient"))
+        if position.size != 3 or self.directions is None:
+            return math.nan
+        return float(position @ np.cross(*self.directions))
+
+    @property
+    def is_axial(self) -> bool:
+        """Also where nothing says otherwise."""
+        if self.directions is None:
+            image_type = self.header.values.text("ImageType").upper()
+            return not any(word in image_type for word in ("CORONAL", "SAGITTAL"))
+        return bool(abs(np.cross(*self.directions)[2]) >= _AXIAL)
+
+    @property
+    def name(self) -> str:
+        """For a person: the file's name, with the frame counted from 1 as in DICOM."""
+        return self.path.name if self.frame is None else f"{self.path.name} frame {self.frame + 1}"
+
+    @property
+    def place(self) -> tuple:
+        """Equal for slices that may be the same image."""
+        values = self.header.values
+        geometry = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+        return (
+            values.text("SOPInstanceUID"),
+            (self.header.rows, self.header.columns),
+            *map(values.numbers, geometry),
+        )
+
+
+@dataclass(frozen=True)
+class CTFile:
+    """What a file holds, read once.
+
+    Attributes:
+        path: the file.
+        values: of its header, as far as it can be read.
+        slices: those that may be of the head.
+        fault: why there are none; empty if there are.
+        excluded: whether the file is whole, but of what nobody looks for: a localizer, a knee.
+    """
+
+    path: Path
+    values: Attributes = field(default_factory=Attributes)
+    slices: tuple[CTSlice, ...] = ()
+    fault: str = ""
+    excluded: bool = False
+
+    @property
+    def identity(self) -> Identity:
+        return Identity.of(self.values)
+
+    @property
+    def may_be_slice(self) -> bool:
+        """Whether the header says that there is a slice that may be of the head."""
+        return (
+            not self.excluded
+            and self.values.text("Modality").upper() in ("", "CT")
+            and self.values.text("SOPClassUID") in ("", *CT_STORAGE)
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a person should know of a series.
+
+    Attributes:
+        text: with ``{}`` for the name of each slice.
+        slices: which these are, indices into ``CTSeries.files``.
+    """
+
+    text: str
+    slices: tuple[int, ...] = ()
+
+    def __call__(self, name: Callable[[int], str]) -> str:
+        """In words, with names for slices."""
+        first, *rest = self.text.split("{}", len(self.slices))
+        return first + "".join(name(i) + part for i, part in zip(self.slices, rest, strict=True))
 
 
 @dataclass(frozen=True)
@@ -37,10 +149,12 @@ class CTSeries:
         spacing_mm: distance of neighbouring slices along the normal (the median, or the slice
             thickness of a single slice), of rows, and of columns; NaN where the files do not say.
         frames: the frame of each slice in its file, 0-based; None in a file of a single slice.
-        positions_mm: of each slice along the normal; NaN where the file does not say.
-        tilt_deg: angle between the slice normal and the patient's long axis, 0 to 90.
-        notes: what a person should know: missing slices, several at one position, pixels that are
-            not square, another orientation than the usual. File names, no identities.
+        positions_mm: of each slice along the normal; all NaN where a file does not say.
+        findings: missing slices, several at one position, pixels that are not square, another
+            orientation than the usual, broken attributes, doubtful identities.
+        n_missing: slices that seem to be missing between those that are there.
+        is_axial: False for coronal and sagittal series.
+        patient: what tells the patient from others, see ``group_patients``.
     """
 
     files: tuple[Path, ...]
@@ -48,84 +162,120 @@ class CTSeries:
     study_uid: str
     patient_id: str
     spacing_mm: tuple[float, float, float]
-    frames: tuple[int | None, ...] = ()
-    positions_mm: tuple[float, ...] = ()
-    tilt_deg: float = math.nan
-    notes: tuple[str, ...] = ()
+    frames: tuple[int | None, ...]
+    positions_mm: tuple[float, ...]
+    findings: tuple[Finding, ...] = ()
+    n_missing: int = 0
+    is_axial: bool = True
+    patient: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The findings in words, with file names, which may tell whose they are."""
+        return tuple(finding(self._name) for finding in self.findings)
+
+    def _name(self, i: int) -> str:
+        frame = "" if self.frames[i] is None else f" frame {self.frames[i] + 1}"
+        return self.files[i].name + frame
 
 
 def read_series(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike, *, any_body_part: bool = False
 ) -> tuple[list[CTSeries], list[tuple[Path, str]]]:
-    """Find the CT series in a folder and its subfolders, reading headers only.
+    """Find the CT series in a folder and its subfolders.
 
-    Slices are grouped by Series Instance UID and sorted by Image Position projected on the slice
-    normal (C.7.6.2.1.1), never by file name or Instance Number. A series that holds several
-    orientations gives one ``CTSeries`` each. Links that lead out of the folder are not followed.
+    Slices are grouped by patient, study and Series Instance UID, and sorted by Image Position
+    projected on the slice normal (C.7.6.2.1.1), never by file name or Instance Number. A series
+    that holds several orientations, or slices without a position beside others, gives one
+    ``CTSeries`` each. Only headers are read, but for images that may be one. Hidden files are left
+    out, and links out of the folder not followed.
 
     Args:
         folder: the folder to search.
+        any_body_part: whatever Body Part Examined says.
 
     Returns:
         ``(series, skipped)``: the series ordered by patient, study and series UID; and pairs of
         path and reason for every other file, ordered by path: not DICOM, not CT, no head,
-        localizers, reports, duplicates, slices without a position in a series of several files,
-        unreadable.
+        localizers, reports, repeats, unreadable.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: ``folder`` is a file.
     """
-    folder = Path(folder)
     skipped: list[tuple[Path, str]] = []
-    by_uid: dict[str, list[_Slice]] = {}
-    seen: dict[str, Path] = {}
-    for path in walk(folder, skipped):
-        try:
-            entries = _read_slices(path)
-            sop_uid = entries[0].sop_uid
-            first = seen.setdefault(sop_uid, path) if sop_uid else path
-            if first != path:
-                raise Refusal(f"repeats the image {first.relative_to(folder)} (SOP Instance UID).")
-        except (ValueError, FileNotFoundError) as error:
-            skipped.append((path, str(error).removeprefix(f"{path}: ")))
-        else:
-            by_uid.setdefault(entries[0].series_uid, []).extend(entries)
-
-    series = []
-    for slices in by_uid.values():
-        if len(slices) > 1:
-            reason = f"has no position or orientation to place it among {len(slices)} slices."
-            lost = dict.fromkeys(s.path for s in slices if s.position is None)
-            skipped += [(path, reason) for path in lost]
-            slices = [s for s in slices if s.position is not None]
-        series += [_sort_series(group) for group in _split_orientations(slices)]
-    series.sort(key=lambda s: (s.patient_id, s.study_uid, s.series_uid))
+    files = [read_file(path, any_body_part=any_body_part) for path in walk(folder, skipped)]
+    skipped += [(file.path, file.fault) for file in files if file.fault]
+    files = [file for file in files if not file.fault]
+    patients, warnings = group_patients([file.identity for file in files])
+    series, repeats = group_series(files, patients, warnings)
+    for path, first in repeats.items():
+        skipped.append((path, f"repeats the image {first.relative_to(folder)}."))
     return series, sorted(skipped)
 
 
-def may_be_head(body_part: str) -> bool:
-    """Whether a Body Part Examined (0018,0015) names the head, or nothing."""
-    letters = re.sub(r"[^A-Z]", "", body_part.upper())
-    return not letters or any(word in letters for word in HEAD_PARTS)
+def read_file(path: str | os.PathLike, *, any_body_part: bool = False) -> CTFile:
+    """Read the headers in a file; what is wrong with it is in the result, nothing is raised.
+
+    Args:
+        path: of any file.
+        any_body_part: whatever Body Part Examined says.
+    """
+    path, seen = Path(path), []
+    try:
+        with naming(path), open(path, "rb") as file:
+            headers = read_headers(file, seen)
+    except (ValueError, FileNotFoundError) as error:
+        values = seen[0] if seen else Attributes()
+        return CTFile(path, values, fault=str(error).removeprefix(f"{path}: "))
+    values, fault = headers[0].values, ""
+    slices = tuple(CTSlice(path, header) for header in headers if header.is_slice)
+    part = values.text("BodyPartExamined")
+    if not slices:
+        kind = values.text("ImageType").upper()
+        what = "localizer (scout)" if "LOCALIZER" in kind else "report or screen"
+        fault = f"is a {what}, not a slice."
+    elif not any_body_part and not may_be_head(part):
+        fault = f"{label('BodyPartExamined')} is {part}, expected a head."
+    return CTFile(path, values, () if fault else slices, fault, excluded=bool(fault))
 
 
-def sort_frames(path: str | os.PathLike) -> list[tuple[int | None, float]]:
-    """The slices of a file along the slice normal.
+def group_series(
+    files: Sequence[CTFile], patients: Sequence[str], warnings: Mapping[str, str] = {}
+) -> tuple[list[CTSeries], dict[Path, Path]]:
+    """Group the slices of files, and put them in order.
+
+    One SOP Instance UID is no proof of one image: files that share it and differ in their pixels or
+    in their place are different images. Those that differ in neither are one, which is kept once.
+
+    Args:
+        files: N files without a fault.
+        patients: N keys that tell patients apart, see ``group_patients``.
+        warnings: of ``group_patients``, by key.
 
     Returns:
-        Pairs of the 0-based frame, None in a file of a single slice, and the position in mm, NaN
-        where the file does not say.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``read_hu``.
+        The series, ordered by patient, study and series UID; and for each file that repeats another
+        of its series that file.
     """
-    with naming(path), open(path, "rb") as file:
-        slices = [_slice(Path(path), header) for header in read_headers(file)[0]]
-    if any(s.position is None for s in slices):
-        return [(s.frame, math.nan) for s in slices]
-    series = map(_sort_series, _split_orientations(slices))
-    return [pair for s in series for pair in zip(s.frames, s.positions_mm)]
+    groups: dict[tuple, list[CTFile]] = defaultdict(list)
+    for file, patient in zip(files, patients, strict=True):
+        uid = file.identity.series_uid or os.fspath(file.path.parent)
+        groups[patient, file.identity.study_uid, uid].append(file)
+    repeats = {path: first for group in groups.values() for path, first in _repeats(group)}
+    used = Counter(f.identity.sop_uid for f in files if f.path not in repeats)
+    series = []
+    for (patient, _, _), group in groups.items():
+        group = [file for file in group if file.path not in repeats]
+        general = [Finding(warnings[patient])] if patient in warnings else []
+        shared = {f.identity.sop_uid for f in group if used[f.identity.sop_uid] > 1} - {""}
+        if shared:
+            count, uids = sum(used[uid] for uid in shared), f"{len(shared)} SOP Instance UIDs"
+            uids = "one SOP Instance UID" if len(shared) == 1 else uids
+            general.append(Finding(f"{count} files share {uids}"))
+        parts = _split([s for file in group for s in file.slices])
+        series += [_sort_series(part, patient, general) for part in parts]
+    series.sort(key=lambda s: (s.patient_id, s.study_uid, s.series_uid))
+    return series, repeats
 
 
 def read_place(path: str | os.PathLike) -> tuple[str, float]:
@@ -139,17 +289,15 @@ def read_place(path: str | os.PathLike) -> tuple[str, float]:
         FileNotFoundError, ValueError: as ``read_hu``.
     """
     with naming(path), open(path, "rb") as file:
-        entry = _slice(Path(path), read_headers(file)[0][0])
-    if entry.position is None:
-        return entry.series_uid, math.nan
-    return entry.series_uid, float(entry.position @ np.cross(*entry.directions))
+        entry = CTSlice(Path(path), read_headers(file)[0])
+    return entry.header.values.text("SeriesInstanceUID"), entry.position_mm
 
 
 def read_spacing(path: str | os.PathLike) -> tuple[float, float]:
     """Distance of rows and of columns of a slice (of the first frame), mm; NaN where the file does
     not say. Errors as ``read_hu``."""
     with naming(path), open(path, "rb") as file:
-        return read_headers(file)[0][0].spacing_mm
+        return read_headers(file)[0].spacing_mm
 
 
 def neighbours(positions_mm: Sequence[float], reach: int = 1) -> np.ndarray:
@@ -182,76 +330,39 @@ def neighbours(positions_mm: Sequence[float], reach: int = 1) -> np.ndarray:
     return table
 
 
-@dataclass(frozen=True)
-class _Slice:
-    path: Path
-    frame: int | None
-    sop_uid: str
-    series_uid: str
-    study_uid: str
-    patient_id: str
-    position: np.ndarray | None  # (3,), mm
-    directions: np.ndarray | None  # (2, 3): of a row, of a column; unit vectors
-    pixel_spacing: tuple[float, float]  # rows, columns; mm
-    thickness: float | None  # mm
-
-    @property
-    def name(self) -> str:
-        """For a person: the file's name, with the frame counted from 1 as in DICOM."""
-        return self.path.name if self.frame is None else f"{self.path.name} frame {self.frame + 1}"
+def _repeats(files: Sequence[CTFile]) -> Iterator[tuple[Path, Path]]:
+    """Pairs of a file and the first one that holds the same images."""
+    alike: dict[tuple, list[CTFile]] = defaultdict(list)
+    for file in files:
+        alike[tuple(s.place for s in file.slices)].append(file)
+    for group in alike.values():
+        first: dict[str, Path] = {}
+        for file in group if len(group) > 1 else ():
+            original = first.setdefault(_digest(file), file.path)
+            if original != file.path:
+                yield file.path, original
 
 
-def _read_slices(path: Path) -> list[_Slice]:
-    with naming(path), open(path, "rb") as file:
-        headers = read_headers(file)[0]
-        values = headers[0].values
-        headers = [h for h in headers if "LOCALIZER" not in text(h.values, "ImageType").upper()]
-        if not headers:
-            raise Refusal("is a localizer (scout), not a slice.")
-        part = text(values, "BodyPartExamined")
-        if not may_be_head(part):
-            raise Refusal(f"{label('BodyPartExamined')} is {part}, expected a head.")
-        if not text(values, "SeriesInstanceUID"):
-            raise Refusal(f"has no {label('SeriesInstanceUID')}.")
-        return [_slice(path, header) for header in headers]
+def _digest(file: CTFile) -> str:
+    """Of the HU of all slices; of the file, where they cannot be decoded."""
+    digest = hashlib.sha256()
+    try:
+        for entry in file.slices:
+            digest.update(read_hu(file.path, entry.frame))
+    except (ValueError, FileNotFoundError):
+        try:
+            return sha256(file.path)
+        except OSError:
+            return os.fspath(file.path)
+    return digest.hexdigest()
 
 
-def _slice(path: Path, header: Header) -> _Slice:
-    values = header.values
-    position, directions = _read_geometry(header)
-    return _Slice(
-        path=path,
-        frame=header.frame if header.frames > 1 else None,
-        sop_uid=text(values, "SOPInstanceUID"),
-        series_uid=text(values, "SeriesInstanceUID"),
-        study_uid=text(values, "StudyInstanceUID"),
-        patient_id=text(values, "PatientID"),
-        position=position,
-        directions=directions,
-        pixel_spacing=header.spacing_mm,
-        thickness=number(values, "SliceThickness"),
-    )
-
-
-def _read_geometry(header: Header) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    position = np.array(numbers(header.values, "ImagePositionPatient"))
-    directions = np.array(numbers(header.values, "ImageOrientationPatient"))
-    if position.size != 3 or directions.size != 6:
-        return None, None
-    directions = directions.reshape(2, 3)
-    lengths = np.linalg.norm(directions, axis=1)
-    if not np.allclose(lengths, 1, atol=0.01) or abs(directions[0] @ directions[1]) > 0.01:
-        return None, None
-    return position, directions / lengths[:, None]
-
-
-def _split_orientations(slices: Iterable[_Slice]) -> list[list[_Slice]]:
-    groups: list[list[_Slice]] = []
+def _split(slices: Iterable[CTSlice]) -> list[list[CTSlice]]:
+    """Slices of one orientation each, with a position or without."""
+    groups: list[list[CTSlice]] = []
     for entry in slices:
         for group in groups:
-            if entry.directions is None or np.allclose(
-                entry.directions, group[0].directions, atol=1e-3
-            ):
+            if _are_parallel(entry, group[0]):
                 group.append(entry)
                 break
         else:
@@ -259,55 +370,123 @@ def _split_orientations(slices: Iterable[_Slice]) -> list[list[_Slice]]:
     return groups
 
 
-def _sort_series(slices: list[_Slice]) -> CTSeries:
-    first = slices[0]
-    gap = math.nan if first.thickness is None else first.thickness
-    heights, tilt = np.full(len(slices), math.nan), math.nan
-    if first.directions is not None:
-        normal = np.cross(*first.directions)
-        heights = np.array([s.position @ normal for s in slices])
-        order = np.argsort(heights, kind="stable")  # equal heights stay in the order of their paths
-        slices, heights = [slices[i] for i in order], heights[order]
-        gaps = np.diff(heights)
-        gap = float(np.median(gaps[gaps > _SAME_MM])) if (gaps > _SAME_MM).any() else gap
-        tilt = math.degrees(math.acos(min(abs(normal[2]), 1.0)))
+def _are_parallel(a: CTSlice, b: CTSlice) -> bool:
+    if math.isnan(a.position_mm) != math.isnan(b.position_mm) or a.is_axial != b.is_axial:
+        return False
+    if a.directions is None or b.directions is None:
+        return a.directions is b.directions
+    return np.allclose(a.directions, b.directions, atol=1e-3)
+
+
+def _sort_series(slices: list[CTSlice], patient: str, general: Sequence[Finding]) -> CTSeries:
+    heights = np.array([s.position_mm for s in slices])
+    order = np.argsort(heights, kind="stable")  # equal heights stay in the order of their paths
+    slices, heights = [slices[i] for i in order], heights[order]
+    first = slices[0].header
+    gaps = np.diff(heights)
+    thickness = first.values.number("SliceThickness")
+    gap = math.nan if thickness is None else thickness
+    gap = float(np.median(gaps[gaps > _SAME_MM])) if (gaps > _SAME_MM).any() else gap
+    missing = list(_missing(slices, heights))
     return CTSeries(
         files=tuple(s.path for s in slices),
-        series_uid=first.series_uid,
-        study_uid=first.study_uid,
-        patient_id=first.patient_id,
-        spacing_mm=(gap, *first.pixel_spacing),
+        series_uid=first.values.text("SeriesInstanceUID"),
+        study_uid=first.values.text("StudyInstanceUID"),
+        patient_id=first.values.text("PatientID"),
+        spacing_mm=(gap, *first.spacing_mm),
         frames=tuple(s.frame for s in slices),
         positions_mm=tuple(heights.tolist()),
-        tilt_deg=tilt,
-        notes=tuple(_notes(slices, heights)),
+        findings=(
+            *_look(slices),
+            *(finding for finding, _ in missing),
+            *_same_place(heights),
+            *general,
+        ),
+        n_missing=sum(count for _, count in missing),
+        is_axial=slices[0].is_axial,
+        patient=patient,
     )
 
 
-def _notes(slices: Sequence[_Slice], heights: np.ndarray) -> Iterator[str]:
-    """What a person should know of sorted slices at these heights, mm."""
+def _look(slices: Sequence[CTSlice]) -> Iterator[Finding]:
+    """What is odd about slices, but for where they lie."""
     first = slices[0]
-    rows, columns = first.pixel_spacing
+    spacings = {s.header.spacing_mm for s in slices if not math.isnan(s.header.spacing_mm[0])}
+    rows, columns = first.header.spacing_mm
     if abs(rows - columns) > 0.01 * max(rows, columns):
-        yield f"pixels are not square: {rows:g} mm between rows, {columns:g} mm between columns"
-    if len({s.pixel_spacing for s in slices}) > 1:
-        yield "slices differ in Pixel Spacing"
-    if first.directions is None:
-        return
+        yield Finding(
+            f"pixels are not square: {rows:g} mm between rows, {columns:g} mm between columns"
+        )
+    if len(spacings) > 1:
+        yield Finding("slices differ in Pixel Spacing")
+    if math.isnan(first.position_mm):
+        yield Finding(
+            f"{_count(len(slices))} of no known position, so their order, and what is missing"
+            " between them, is unknown"
+        )
+    if not first.is_axial:
+        yield Finding("slices are not axial")
     # Rows to the patient's left and columns to the back, as a reader expects axial slices.
-    if first.directions[0][0] < 0.5 or first.directions[1][1] < 0.5:
-        yield "rows and columns do not run to the patient's left and back, as in usual axial slices"
-    gaps = np.diff(heights)
-    for i, gap in enumerate(gaps):
-        if gap <= _SAME_MM:
-            yield f"{slices[i].name} and {slices[i + 1].name} lie at one position"
-            continue
-        # The spacing may change within a series, from base to vertex, so a gap is compared with
-        # both of its neighbours.
-        beside = [g for g in (*gaps[max(i - 1, 0) : i], *gaps[i + 1 : i + 2]) if g > _SAME_MM]
-        missing = round(gap / max(beside)) - 1 if beside else 0
-        if missing > 0 and gap > 1.6 * max(beside):
+    elif first.directions is not None and (
+        first.directions[0][0] < 0.5 or first.directions[1][1] < 0.5
+    ):
+        yield Finding(
+            "rows and columns do not run to the patient's left and back, as in usual axial slices"
+        )
+    faults = Counter(pair for s in slices for pair in s.header.values.faults.items())
+    for (keyword, fault), count in faults.items():
+        yield Finding(f"{_count(count)}: {label(keyword)} {fault}")
+
+
+def _count(slices: int) -> str:
+    return f"{slices} slice{'s' * (slices > 1)}"
+
+
+def _same_place(heights: np.ndarray) -> Iterator[Finding]:
+    pairs = np.flatnonzero(np.diff(heights) <= _SAME_MM)
+    if len(pairs) > 3:
+        i = pairs[0]
+        yield Finding(
+            f"{len(pairs)} slices lie at the position of another, {{}} and {{}} for one", (i, i + 1)
+        )
+    else:
+        yield from (Finding("{} and {} lie at one position", (i, i + 1)) for i in pairs)
+
+
+def _missing(slices: Sequence[CTSlice], heights: np.ndarray) -> Iterator[tuple[Finding, int]]:
+    """Gaps between sorted slices, and how many slices each would hold."""
+    ends = np.flatnonzero(np.diff(heights) > _SAME_MM)
+    gaps = np.diff(heights)[ends]
+    if not len(gaps):
+        return
+    usual = float(np.median(gaps))
+    thickness = np.array([s.header.values.number("SliceThickness") or math.nan for s in slices])
+    # Runs of equal gaps: the spacing may change within a series, from base to vertex.
+    edges = np.flatnonzero(np.abs(np.diff(gaps)) > 0.1 * np.minimum(gaps[1:], gaps[:-1])) + 1
+    for run in np.split(np.arange(len(gaps)), edges):
+        gap = gaps[run].mean()
+        beside = [gaps[k] for k in (run[0] - 1, run[-1] + 1) if 0 <= k < len(gaps)]
+        thick = np.nanmax(thickness[ends[run[0]] : ends[run[-1]] + 2], initial=0)
+        if beside and gap > 1.6 * max(beside) and (len(run) == 1 or len(beside) == 2):
+            expected = max(beside)
+        elif thick and gap > 1.6 * max(thick, usual):
+            expected = usual
+        elif thick and gap > 1.6 * thick:
             yield (
-                f"{missing} slice(s) seem to be missing between {slices[i].name} and "
-                f"{slices[i + 1].name}: {gap:.1f} mm apart, beside them {max(beside):.1f} mm"
+                Finding(
+                    f"{len(run) + 1} slices of {thick:.1f} mm lie {gap:.1f} mm apart, so what is"
+                    " between them is not seen: {} to {}",
+                    (ends[run[0]], ends[run[-1]] + 1),
+                ),
+                (round(gap / thick) - 1) * len(run),
             )
+            continue
+        else:
+            continue
+        for k in run:
+            count = round(gaps[k] / expected) - 1
+            text = (
+                f"{count} slice(s) seem to be missing between {{}} and {{}}: {gaps[k]:.1f} mm"
+                f" apart, beside them {expected:.1f} mm"
+            )
+            yield Finding(text, (ends[k], ends[k] + 1)), count

@@ -1,0 +1,117 @@
+"""Diagnose files with a trained model, from Python."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from .diagnoser import Detections, Diagnoser
+from .results import (
+    Diagnosis,
+    Progress,
+    SliceDiagnosis,
+    silent,
+    summarize_patients,
+    verdict,
+)
+from .slices import Skipped, Slice, find_slices
+
+
+def diagnose(
+    paths: str | os.PathLike | Sequence[str | os.PathLike],
+    model: str | os.PathLike | Diagnoser,
+    *,
+    threshold: float | None = None,
+    device: str = "",
+    identify: bool = False,
+    batch_size: int | None = None,
+    any_body_part: bool = False,
+    progress: Progress = silent,
+) -> Diagnosis:
+    """Looks for hemorrhage in head CT; for research only, not for clinical use.
+
+    Args:
+        paths: a DICOM file, a PNG or JPEG that is windowed already, a folder of them, or several.
+        model: OUTPUT_DIR of a training, or a ``Diagnoser.load`` of it, which a service loads once.
+        threshold: positive at this score and above; the model's operating point if None.
+        device: "cpu" or "cuda"; a GPU if there is any.
+        identify: keep Patient IDs and UIDs in what is written, and in names of files.
+        batch_size: slices in a batch; the config's if None.
+        any_body_part: also slices whose Body Part Examined names another part than the head.
+        progress: is shown items, what is done with them, and how many there are; passes them on.
+
+    Returns:
+        Slices, patients, and what was skipped and why. A patient is incomplete where a slice could
+        not be read, or seems to be missing.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence, of a given file that cannot be read, or if no
+            slice can.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, expected a score from 0 to 1.")
+    if not isinstance(model, Diagnoser):
+        model = Diagnoser.load(model, device=device, batch_size=batch_size)
+    elif device or batch_size is not None:
+        raise ValueError("device and batch_size are those of the Diagnoser; give them to its load.")
+    threshold = model.threshold if threshold is None else float(threshold)
+    found = find_slices(paths, identify=identify, any_body_part=any_body_part, **model.context)
+    slices, failed = _detect(model, found.slices, threshold, progress)
+    if not slices:
+        raise ValueError(
+            f"none of {len(found.slices)} slices can be decoded; the first, {failed[0].file}, "
+            f"{failed[0].reason.rstrip('.')}."
+        )
+    skipped = (*found.skipped, *failed)
+    return Diagnosis(
+        slices=tuple(slices),
+        patients=summarize_patients(slices, skipped, found.noticed, threshold, model.patient_rule),
+        skipped=skipped,
+        model=model.facts,
+        threshold=threshold,
+        identify=identify,
+        inputs=tuple(map(Path, paths)),
+        read_image=model.mapper.read_image,
+    )
+
+
+def _detect(
+    model: Diagnoser, slices: Sequence[Slice], threshold: float, progress: Progress
+) -> tuple[list[SliceDiagnosis], list[Skipped]]:
+    """What is found on slices, and those of folders that could not be decoded.
+
+    Raises:
+        ValueError: naming a given file that cannot be decoded.
+    """
+    results, failed = [], []
+    outputs = model(slices)
+    with contextlib.closing(outputs):
+        pairs = zip(slices, outputs, strict=True)
+        for entry, found in progress(pairs, "detecting", len(slices)):
+            if isinstance(found, Detections):
+                shown = found.at_least(threshold / 2)
+                results.append(
+                    SliceDiagnosis(
+                        source=entry,
+                        score=found.score,
+                        verdict=verdict(found.score, threshold),
+                        boxes=shown.boxes,
+                        scores=shown.scores,
+                        classes=tuple(model.classes[i] for i in shown.classes),
+                    )
+                )
+            elif entry.given:
+                raise ValueError(f"{entry.path}: {found}")
+            else:
+                failed.append(
+                    Skipped(
+                        entry.file,
+                        str(found),
+                        lost=True,
+                        patients=(entry.patient,),
+                        path=entry.path,
+                        identity=entry.identity,
+                    )
+                )
+    return results, failed

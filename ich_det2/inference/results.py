@@ -1,0 +1,492 @@
+"""A diagnosis: of slices, of patients, and what was not read; and the files that it is written to.
+
+A new output format is one more function over a :class:`Diagnosis`, see ``WRITERS``.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..evaluation.diagnosis import diagnose as is_positive
+from ..evaluation.diagnosis import patient_scores
+from ..evaluation.visualize import draw_overlay
+from ..files import write_atomically, write_csv
+from ..version import __version__
+from .slices import Noticed, Skipped, Slice
+
+TOOL = "ich_det2 tools/diagnose.py"
+NOTICE = (
+    "For research only, not for clinical use: a negative verdict does not exclude a hemorrhage."
+)
+SLICE_FIELDS = ("patient", "series", "slice", "file", "score", "verdict", "n_boxes")
+PATIENT_FIELDS = (
+    "patient",
+    "n_slices",
+    "n_slices_failed",
+    "n_positive_slices",
+    "score",
+    "verdict",
+    "worst_slice_file",
+)
+NOTE_FIELDS = ("n_slices_missing", "complete", "notes")
+KEY_FIELDS = (
+    *("patient", "series", "slice", "file", "path", "frame"),
+    *("patient_id", "study_uid", "series_uid", "sop_uid"),
+)
+OVERLAYS = ("positive", "all", "none")
+
+Progress = Callable[[Iterable, str, int], Iterable]
+"""Passes items on, and shows a person how far they are: (items, what is done, how many)."""
+
+
+def silent(items: Iterable, what: str, total: int) -> Iterable:
+    """No progress is shown."""
+    return items
+
+
+@dataclass(frozen=True)
+class SliceDiagnosis:
+    """What a model finds on a slice.
+
+    Attributes:
+        source: the slice: file, patient, series, index, and whose it is.
+        score: the highest of its boxes, or a classifier's.
+        verdict: "positive" or "negative".
+        boxes: float32 (M, 4): x0, y0, x1, y1 in pixels of the original image, of those from half
+            the threshold up, and always the highest.
+        scores: float64 (M,), of the boxes.
+        classes: M names.
+    """
+
+    source: Slice = field(repr=False)
+    score: float
+    verdict: str
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def patient(self) -> str:
+        return self.source.patient
+
+    @property
+    def series(self) -> str:
+        return self.source.series
+
+    @property
+    def index(self) -> int:
+        """0-based, along the slice normal in a DICOM series."""
+        return self.source.index
+
+    @property
+    def file(self) -> str:
+        """Its name, which tells no identity unless that was asked for."""
+        return self.source.file
+
+    @property
+    def overlay(self) -> str:
+        """Where a drawing of it is, in the folder of the results."""
+        return f"overlays/{self.patient}/{self.series}-{self.index:03d}.png"
+
+
+@dataclass(frozen=True)
+class PatientDiagnosis:
+    """What the slices of a patient add up to.
+
+    Attributes:
+        patient: its pseudonym.
+        n_slices: diagnosed.
+        n_slices_failed: files that could not be read, or are of a study without axial slices.
+        n_positive_slices: of those diagnosed.
+        score: by the model's patient rule; None where there are not enough slices for it.
+        verdict: "positive", "negative", or "undetermined" without a score.
+        worst_slice_file: of the highest score; None without a slice.
+        n_slices_missing: that seem to be missing between those that are there.
+        notes: what a person should know of the files.
+        patient_id: as in the header.
+    """
+
+    patient: str
+    n_slices: int
+    n_slices_failed: int
+    n_positive_slices: int
+    score: float | None
+    verdict: str
+    worst_slice_file: str | None
+    n_slices_missing: int = 0
+    notes: tuple[str, ...] = ()
+    patient_id: str = field(default="", repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all slices were there and were read; a bleed may hide in one that was not."""
+        return self.n_slices_failed == self.n_slices_missing == 0
+
+    @property
+    def wording(self) -> str:
+        """The verdict for a person: "negative, incomplete" where a slice is lost or missing."""
+        incomplete = self.verdict == "negative" and not self.complete
+        return f"{self.verdict}, incomplete" if incomplete else self.verdict
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a model finds in files, see :func:`ich_det2.diagnose`.
+
+    Attributes:
+        slices: by patient, series and index.
+        patients: by name.
+        skipped: files that were not diagnosed, and why.
+        model: facts of the model: run, weights and their SHA-256, operating point, patient rule.
+        threshold: positive at this score and above.
+        identify: whether Patient IDs and UIDs are in what is written.
+        notice: what it may be used for.
+        inputs: files and folders that were diagnosed.
+    """
+
+    slices: tuple[SliceDiagnosis, ...]
+    patients: tuple[PatientDiagnosis, ...]
+    skipped: tuple[Skipped, ...]
+    model: dict
+    threshold: float
+    identify: bool = False
+    notice: str = NOTICE
+    inputs: tuple[Path, ...] = field(default=(), repr=False)
+    read_image: Callable[[Path, int | None], np.ndarray] | None = field(default=None, repr=False)
+
+    @cached_property
+    def key(self) -> list[dict]:
+        """Rows that lead each slice and skipped file back to where it came from: as identifying as
+        the files, and in no other output."""
+        rows = []
+        for source in (*(s.source for s in self.slices), *self.skipped):
+            of_slice = isinstance(source, Slice)
+            rows.append(
+                {
+                    "patient": source.patient if of_slice else " ".join(source.patients),
+                    "series": source.series if of_slice else "",
+                    "slice": source.index if of_slice else "",
+                    "file": source.file,
+                    "path": _text(source.path.absolute()),
+                    "frame": source.frame + 1 if of_slice and source.frame is not None else "",
+                    "patient_id": source.identity.patient_id,
+                    "study_uid": source.identity.study_uid,
+                    "series_uid": source.identity.series_uid,
+                    "sop_uid": source.identity.sop_uid,
+                }
+            )
+        return rows
+
+    def to_dict(self) -> dict:
+        """The content of ``diagnosis.json``, without identities unless asked for."""
+        by_patient: dict[str, list[dict]] = {p.patient: [] for p in self.patients}
+        for s, row in zip(self.slices, _slice_rows(self), strict=True):
+            left = {k: v for k, v in row.items() if k not in ("patient", "n_boxes")}
+            boxes = [
+                {"box": [round(float(v), 2) for v in box], "score": float(score), "class": name}
+                for box, score, name in zip(s.boxes, s.scores, s.classes, strict=True)
+            ]
+            by_patient[s.patient].append({**left, "boxes": boxes})
+        return {
+            "tool": TOOL,
+            "version": __version__,
+            "notice": self.notice,
+            "model": self.model,
+            "threshold": self.threshold,
+            "boxes": "[x0, y0, x1, y1] in pixels of the original image, from half the threshold up,"
+            " and each slice's highest",
+            "patients": [
+                {**row, "slices": by_patient[row["patient"]]} for row in _patient_rows(self)
+            ],
+            "skipped": [
+                {
+                    "file": entry.file,
+                    "reason": entry.reason,
+                    "lost_slice": entry.lost,
+                    "patients": list(entry.patients),
+                }
+                for entry in self.skipped
+            ],
+        }
+
+    def write(
+        self,
+        folder: str | os.PathLike,
+        *,
+        overlays: str = "positive",
+        key: str | os.PathLike | None = None,
+        force: bool = False,
+        progress: Progress = silent,
+    ) -> None:
+        """Writes all outputs, or none.
+
+        Args:
+            folder: new, or to be replaced.
+            overlays: drawings of slices: "positive" ones and each patient's highest scored, "all",
+                or "none".
+            key: file for ``self.key``, which its owner alone may read.
+            force: replace an earlier result, and an earlier key.
+            progress: shows how far the drawing is.
+
+        Raises:
+            ValueError: the folder or the key may not be written there, see ``check_outputs``.
+        """
+        if overlays not in OVERLAYS:
+            raise ValueError(f"overlays is {overlays!r}, expected one of {', '.join(OVERLAYS)}.")
+        check_outputs(folder, self.inputs, key=key, force=force)
+        with _new_folder(Path(folder)) as temporary:
+            draw_overlays(self, temporary, overlays, progress)
+            for writer in WRITERS:
+                writer(self, temporary)
+        if key is not None:
+            _write_key(self, Path(key))
+
+
+def summarize_patients(
+    slices: Sequence[SliceDiagnosis],
+    skipped: Sequence[Skipped],
+    noticed: dict[str, Noticed],
+    threshold: float,
+    rule: str,
+) -> tuple[PatientDiagnosis, ...]:
+    """Patients by name; positive by the rule, see ``patient_scores``."""
+    names = dict.fromkeys([*noticed, *(n for s in skipped for n in s.patients)])
+    found: dict[str, list[SliceDiagnosis]] = {name: [] for name in names}
+    for s in slices:
+        found.setdefault(s.patient, []).append(s)
+    patients = []
+    for name, own in found.items():
+        score, worst = -math.inf, None
+        if own:
+            worst = max(own, key=lambda s: s.score)
+            scores = [s.score for s in own]
+            (score,) = patient_scores([0] * len(own), scores, 1, rule).tolist()
+        known = noticed.get(name, Noticed())
+        patients.append(
+            PatientDiagnosis(
+                patient=name,
+                n_slices=len(own),
+                n_slices_failed=sum(name in entry.patients for entry in skipped),
+                n_positive_slices=sum(s.verdict == "positive" for s in own),
+                score=score if math.isfinite(score) else None,
+                verdict=verdict(score, threshold) if math.isfinite(score) else "undetermined",
+                worst_slice_file=worst and worst.file,
+                n_slices_missing=known.n_missing,
+                notes=known.notes,
+                patient_id=own[0].source.identity.patient_id if own else "",
+            )
+        )
+    return tuple(patients)
+
+
+def verdict(score: float, threshold: float) -> str:
+    """In a word."""
+    return "positive" if is_positive([score], threshold) else "negative"
+
+
+def check_outputs(
+    folder: str | os.PathLike,
+    inputs: Sequence[str | os.PathLike],
+    *,
+    key: str | os.PathLike | None = None,
+    force: bool = False,
+) -> None:
+    """Refuses outputs whose writing could lose or betray something, before hours of work.
+
+    Raises:
+        ValueError: one sentence with the remedy.
+    """
+    output = Path(folder)
+    resolved = output.resolve()
+    for path in (Path(p).resolve() for p in inputs):
+        if resolved.is_relative_to(path) and path.is_dir() or path.is_relative_to(resolved):
+            raise ValueError(
+                f"--output {output} and the input {path.name} lie in one another, so a later run "
+                "would take results for images; give a folder elsewhere."
+            )
+    if key is not None:
+        _check_key(Path(key), resolved, force)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a new folder.")
+    if os.path.ismount(resolved):
+        raise ValueError(f"--output {output} is a mount point; give a new folder in it.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not force:
+        raise ValueError(
+            f"--output {output} is not empty; give a new folder, or --force to replace an earlier "
+            "result."
+        )
+    try:
+        earlier = "tool" in json.loads((output / "diagnosis.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        earlier = False
+    if not earlier:
+        raise ValueError(
+            f"--output {output} holds no result of this tool, so --force does not replace it; give "
+            "a new folder."
+        )
+
+
+def _check_key(key: Path, output: Path, force: bool) -> None:
+    if key.is_symlink():
+        raise ValueError(f"--key {key} is a link, which is not followed; give a new file.")
+    if key.resolve().is_relative_to(output):
+        raise ValueError(
+            f"--key {key} lies in the folder of the results, which it shall be apart from; give a "
+            "file elsewhere."
+        )
+    if not key.parent.is_dir():
+        raise ValueError(f"--key {key}: there is no such folder; make it first.")
+    if not key.exists():
+        return
+    try:
+        with open(key, encoding="utf-8", newline="") as file:
+            earlier = key.is_file() and tuple(next(csv.reader(file), ())) == KEY_FIELDS
+    except (OSError, ValueError):
+        earlier = False
+    if not (force and earlier):
+        raise ValueError(
+            f"--key {key} exists; give a new file"
+            + (", or --force to replace an earlier key." if earlier else ".")
+        )
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of ``path`` when the block ends well."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    earlier = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(earlier)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def draw_overlays(
+    diagnosis: Diagnosis, folder: Path, which: str, progress: Progress = silent
+) -> None:
+    """Draws slices with their boxes, see :meth:`Diagnosis.write`."""
+    highest: dict[str, SliceDiagnosis] = {}
+    for s in diagnosis.slices:
+        if s.patient not in highest or s.score > highest[s.patient].score:
+            highest[s.patient] = s
+    wanted = {
+        "all": lambda s: True,
+        "none": lambda s: False,
+        "positive": lambda s: s.verdict == "positive" or s is highest[s.patient],
+    }[which]
+    chosen = [s for s in diagnosis.slices if wanted(s)]
+    for s in progress(chosen, "drawing", len(chosen)):
+        # Read again: keeping all slices would take a series' size in memory.
+        overlay = draw_overlay(
+            diagnosis.read_image(s.source.path, s.source.frame),
+            s.boxes,
+            s.scores,
+            s.classes,
+            threshold=diagnosis.threshold,
+            score=s.score,
+            caption=f"{s.patient}   {s.series}   slice {s.index}",
+        )
+        path = folder / s.overlay
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay).save(path, compress_level=4)
+
+
+def write_slices(diagnosis: Diagnosis, folder: Path) -> None:
+    """``slices.csv``."""
+    extra = ("patient_id", "series_uid", "sop_uid") if diagnosis.identify else ()
+    rows = map(_six_decimals, _slice_rows(diagnosis))
+    write_csv(folder / "slices.csv", (*SLICE_FIELDS, *extra), rows)
+
+
+def write_patients(diagnosis: Diagnosis, folder: Path) -> None:
+    """``patients.csv``."""
+    extra = ("patient_id",) if diagnosis.identify else ()
+    rows = [
+        {
+            **_six_decimals(row),
+            "complete": "yes" if row["complete"] else "no",
+            "notes": "; ".join(row["notes"]),
+        }
+        for row in _patient_rows(diagnosis)
+    ]
+    write_csv(folder / "patients.csv", (*PATIENT_FIELDS, *extra, *NOTE_FIELDS), rows)
+
+
+def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
+    """``diagnosis.json``; says which overlays there are."""
+    content = diagnosis.to_dict()
+    paths = {(s.patient, s.series, s.index): s.overlay for s in diagnosis.slices}
+    for patient in content["patients"]:
+        for s in patient["slices"]:
+            path = paths[patient["patient"], s["series"], s["slice"]]
+            s["overlay"] = path if (folder / path).is_file() else None
+    with write_atomically(folder / "diagnosis.json") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+
+
+WRITERS = (write_slices, write_patients, write_diagnosis)
+"""What writes a diagnosis into a folder that holds the overlays already."""
+
+
+def _write_key(diagnosis: Diagnosis, path: Path) -> None:
+    with write_atomically(path, private=True) as file:
+        writer = csv.DictWriter(file, KEY_FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(diagnosis.key)
+
+
+def _slice_rows(diagnosis: Diagnosis) -> Iterator[dict]:
+    for s in diagnosis.slices:
+        row = {
+            "patient": s.patient,
+            "series": s.series,
+            "slice": s.index,
+            "file": s.file,
+            "score": s.score,
+            "verdict": s.verdict,
+            "n_boxes": int((s.scores >= diagnosis.threshold).sum()),
+        }
+        if diagnosis.identify:
+            own = s.source.identity
+            row |= {
+                "patient_id": own.patient_id,
+                "series_uid": own.series_uid,
+                "sop_uid": own.sop_uid,
+            }
+        yield row
+
+
+def _patient_rows(diagnosis: Diagnosis) -> Iterator[dict]:
+    for p in diagnosis.patients:
+        row = {name: getattr(p, name) for name in PATIENT_FIELDS}
+        if diagnosis.identify:
+            row["patient_id"] = p.patient_id
+        yield row | {name: getattr(p, name) for name in NOTE_FIELDS} | {"notes": list(p.notes)}
+
+
+def _six_decimals(row: dict) -> dict:
+    return row | {"score": "" if row["score"] is None else f"{row['score']:.6f}"}
+
+
+def _text(path: Path) -> str:
+    """A path as text; names of files need not be."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
