@@ -13,7 +13,7 @@ from PIL import Image
 
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
-from .dicom import read_windowed
+from .dicom import is_dicom, read_windowed
 
 
 class IchDatasetMapper:
@@ -100,10 +100,10 @@ class IchDatasetMapper:
     def _read_slice(self, path: str | Path, frame: int | None) -> tuple[np.ndarray, float]:
         """A slice as grey values, and the height of its pixels over their width."""
         path = Path(path)
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg") and not is_dicom(path):
             return _read_picture(path), 1.0
         image, spacing_mm = read_windowed(path, self.windows, frame, cache=self.cache)
-        return image, pixel_ratio(path, spacing_mm)
+        return image, pixel_ratio(spacing_mm)
 
     def _read_context(self, dataset_dict: dict, image: np.ndarray) -> list[np.ndarray]:
         """The slices before a slice, uint8 (H, W, C), itself, and the slices after it."""
@@ -188,23 +188,14 @@ def _as_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).expand(3, -1, -1).contiguous()
 
 
-def pixel_ratio(path: str | Path, spacing_mm: tuple[float, float]) -> float:
+def pixel_ratio(spacing_mm: tuple[float, float]) -> float:
     """Height of a slice's pixels over their width: 1 if nearly so, or where it is not known.
 
     Args:
-        path: to be named.
         spacing_mm: of rows and of columns.
-
-    Raises:
-        ValueError: naming the file, if the pixels are too long to be true.
     """
     rows, columns = spacing_mm
     ratio = rows / columns if rows > 0 else 1.0
-    if not 0.2 < ratio < 5:
-        raise ValueError(
-            f"{path}: Pixel Spacing (0028,0030) is {rows:g}\\{columns:g} mm, expected pixels"
-            " that are not more than five times as long as wide."
-        )
     return ratio if abs(ratio - 1) > 0.01 else 1.0
 
 

@@ -148,7 +148,7 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
                 continue
             path, ratio = d["file_name"], 1.0
             if path.lower().endswith(".dcm"):  # the mapper makes the pixels square first
-                ratio = pixel_ratio(path, read_spacing(path))
+                ratio = pixel_ratio(read_spacing(path))
             height = round(d["height"] * ratio)
             resized, _ = ResizeShortestEdge.get_output_shape(
                 height, d["width"], short_edge, cfg.INPUT.MAX_SIZE_TRAIN

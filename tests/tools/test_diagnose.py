@@ -293,6 +293,26 @@ def test_a_repeated_image_is_no_lost_slice(tmp_path, run_dir, exam):
     assert "repeats the image IM7" in entry["reason"]
 
 
+def test_what_is_noticed_is_said_on_the_terminal(tmp_path, run_dir, exam, write_ct, capsys):
+    folder = exam()
+    (folder / "IM8").unlink()  # 10 mm between the first and the second
+    write_ct(folder / "knee", np.zeros((64, 64)), PatientID="PID4711", BodyPartExamined="KNIE")
+    options = ("--threshold", 1, "--key", tmp_path / "key.csv")
+    assert run(run_dir, folder, "--output", tmp_path / "out", *options) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "incomplete" in out
+    assert "patient-001: series-01: 1 slice(s) seem to be missing between IM9 and IM7" in out
+    assert "1 of them for their Body Part Examined; --any-body-part reads them" in out
+    key = rows(tmp_path / "key.csv")
+    assert [row["patient_id"] for row in key] == ["PID4711"] * 4
+    assert Path(key[0]["path"]) == folder / "IM9"
+    shutil.rmtree(tmp_path / "out")
+    assert run(run_dir, folder, "--output", tmp_path / "out", *options) == 2  # the key is there
+    options = (*options, "--force", "--any-body-part")
+    assert run(run_dir, folder, "--output", tmp_path / "out", *options) == 0
+    assert len(rows(tmp_path / "out/slices.csv")) == 4
+
+
 @pytest.mark.parametrize("break_file", [truncate, damage, erase])
 def test_a_given_file_that_cannot_be_read(tmp_path, run_dir, exam, capsys, break_file):
     folder = exam()

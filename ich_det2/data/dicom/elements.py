@@ -8,6 +8,7 @@ it. Sections "A.x" are of DICOM PS3.5.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -246,7 +247,10 @@ def _value(dataset: Dataset, tag: int) -> Iterable:
         if value.isascii() and b"\x1b" not in value:
             text = value.decode("ascii")
             return text.split("\\") if text.strip(" \0") else ()
-        # What other characters mean depends on Specific Character Set.
+        # What other characters mean depends on Specific Character Set, but this cannot be mistaken.
+        with contextlib.suppress(UnicodeDecodeError):
+            if b"\x1b" not in value:
+                return value.decode("utf-8").split("\\")
         try:
             value = dataset[tag].value
         except Exception:

@@ -101,8 +101,7 @@ class Header:
     @property
     def spacing_mm(self) -> tuple[float, float]:
         """Distance of rows and of columns; NaN where the file does not say."""
-        spacing = self.values.numbers("PixelSpacing")
-        return spacing if spacing and min(spacing) > 0 else (math.nan, math.nan)
+        return self.values.numbers("PixelSpacing") or (math.nan, math.nan)
 
     @property
     def is_slice(self) -> bool:
@@ -222,6 +221,8 @@ def _check(elements: Elements) -> tuple[Header, ...]:
         _integer(values, "HighBit", bits_stored - 1, bits_stored - 1)
     signed = _integer(values, "PixelRepresentation", 0, 1) == 1
     of_frames = _frame_values(values, elements.groups, frames)
+    for v in of_frames:
+        _check_spacing(v)
     rescale = [_rescale(v) for v in of_frames]
 
     if elements.syntax.is_encapsulated:
@@ -268,6 +269,16 @@ def _integer(values: Attributes, keyword: str, low: int = 0, high: int = 2**31) 
 def _has_frames(values: Attributes) -> bool:
     # Some writers put 0 where there is one image.
     return "NumberOfFrames" in values.faults or values.number("NumberOfFrames") not in (None, 0)
+
+
+def _check_spacing(values: Attributes) -> None:
+    """Drops a Pixel Spacing too odd to be true, by which slices would be resized."""
+    rows, columns = values.numbers("PixelSpacing") or (1, 1)
+    if not (rows > 0 and columns > 0 and 0.2 < rows / columns < 5):
+        del values["PixelSpacing"]
+        values.faults["PixelSpacing"] = (
+            f"is {rows:g}\\{columns:g} mm, expected pixels not five times as long as wide"
+        )
 
 
 def _rescale(values: Attributes) -> tuple[float, float]:
