@@ -59,10 +59,10 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def progress(items: Iterable, what: str) -> Iterator:
-    """The items, with a bar on stderr."""
-    items = list(items)
-    yield from track(items, what, console=Console(stderr=True))
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
+    """The items, with a bar on stderr; ``total`` of them where they are made one by one."""
+    items = list(items) if total is None else items
+    yield from track(items, what, total, console=Console(stderr=True))
 
 
 @contextlib.contextmanager

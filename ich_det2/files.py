@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +32,26 @@ def write_atomically(path: str | Path, mode: str = "w", *, private: bool = False
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_folder(path: str | Path) -> Iterator[Path]:
+    """Gives a new folder that takes the place of ``path`` when the block ends well; what was
+    there is removed then, and stays if the block fails."""
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    fresh, old = work / "new", work / "old"
+    try:
+        fresh.mkdir()
+        yield fresh
+        if path.exists():
+            os.rename(path, old)
+        os.rename(fresh, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 CLUTTER = frozenset(

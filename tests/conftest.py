@@ -12,6 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from ich_det2 import add_ich_config
+from ich_det2.phantom import write_dataset
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BLEED = [("IPH", (11, 13, 30, 28))]
@@ -136,3 +137,11 @@ def full_tree(voc_tree):
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def phantom_tree(tmp_path_factory):
+    """A VOC tree of six synthetic patients, 64 x 64 pixels; to be read only."""
+    root = tmp_path_factory.mktemp("phantom")
+    write_dataset(root, patients=6, size=64)
+    return root

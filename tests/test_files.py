@@ -1,8 +1,10 @@
 """Files appear whole or not at all; the walk leaves out what nobody put there."""
 
+import os
+
 import pytest
 
-from ich_det2.files import walk, write_atomically
+from ich_det2.files import replace_folder, walk, write_atomically
 
 
 def test_text_is_utf8_with_newlines_as_written(tmp_path):
@@ -39,6 +41,34 @@ def test_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), write_atomically(tmp_path / "no" / "a.txt"):
         pass
     assert not (tmp_path / "no").exists()
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for content in ("old", "new"):
+        with replace_folder(tmp_path / "sub" / "a") as folder:
+            (folder / content).mkdir()
+    assert [p.name for p in (tmp_path / "sub").rglob("*")] == ["a", "new"]
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+@pytest.mark.parametrize("step", ["while it is written", "when it takes its place"])
+def test_a_folder_that_fails_leaves_what_was_there(tmp_path, monkeypatch, before, step):
+    if before:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / before).touch()
+    rename = os.rename
+
+    def failing(source, target):
+        if os.path.basename(source) == "new":
+            raise KeyboardInterrupt(step)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(KeyboardInterrupt, match=step), replace_folder(tmp_path / "a") as folder:
+        (folder / "half").touch()
+        if step.startswith("while"):
+            raise KeyboardInterrupt(step)
+    assert [p.name for p in tmp_path.rglob("*")] == (["a", "old"] if before else [])
 
 
 def test_walk_is_sorted_and_leaves_out_what_systems_hide(tmp_path):

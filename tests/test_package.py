@@ -45,6 +45,13 @@ PURE = {
     "ich_det2.files",
     "ich_det2.lazy",
     "ich_det2.modeling.cost",
+    "ich_det2.phantom",
+    "ich_det2.phantom.bleeds",
+    "ich_det2.phantom.dataset",
+    "ich_det2.phantom.dicom",
+    "ich_det2.phantom.head",
+    "ich_det2.phantom.patient",
+    "ich_det2.phantom.shapes",
     "ich_det2.version",
 }
 """Modules without Detectron2, which every room may use."""
@@ -55,6 +62,7 @@ BELOW = {
     "anchors": {"anchors"},
     "data": {"data", "config"},
     "modeling": {"modeling", "config"},
+    "phantom": {"phantom"},
     "evaluation": {"evaluation", "config"},
     "engine": {"engine", "anchors", "data", "modeling", "evaluation", "config"},
     "inference": {"inference", "engine", "data", "evaluation", "config"},
