@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     wanted = parameters(args.patients, args.seed, args.size)
     found = read_parameters(args.output)
     empty = args.output.is_dir() and not any(args.output.iterdir())
-    if found is None and not empty and os.path.lexists(args.output):
+    if found is None and not empty and os.path.lexists(os.path.realpath(args.output)):
         raise ValueError(
             f"{args.output} exists and is not a phantom data set, so it stays as it is; "
             "give another --output (--force replaces phantoms only)."

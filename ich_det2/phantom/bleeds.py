@@ -87,7 +87,7 @@ def draw_iph(rng: np.random.Generator) -> Bleed:
     side = int(rng.choice([-1, 1]))
     place = rng.choice(["ganglia", "thalamus", "lobar", "lobar", "cerebellum"])
     if place == "ganglia":
-        centre, radius = (side * 26, -2 + rng.normal(0, 5), 5 + rng.normal(0, 4)), (7, 19)
+        centre, radius = (side * 26.0, -2 + rng.normal(0, 5), 5 + rng.normal(0, 4)), (7, 19)
     elif place == "thalamus":
         centre, radius = (side * 13, 13 + rng.normal(0, 2), 6 + rng.normal(0, 2)), (6, 12)
     elif place == "cerebellum":
@@ -127,15 +127,14 @@ def draw_sah(rng: np.random.Generator) -> Bleed:
     side = int(rng.choice([-1, 1]))
     place = rng.choice(["basal", "sylvian", "convexity"], p=[0.45, 0.25, 0.3])
     if place == "basal":
-        centre, radii = (0.0, -10.0, -15.0), rng.uniform(0.95, 1.35) * np.array([40.0, 32.0, 19.0])
+        at, size = np.array([0, -10, -15]), rng.uniform(0.95, 1.35) * np.array([40, 32, 19])
     elif place == "sylvian":
-        centre = (side * 44, -14.0, 1.0)
-        radii = rng.uniform(0.8, 1.2) * np.array([23, 24, 17])
+        at, size = np.array([side * 44, -14, 1]), rng.uniform(0.8, 1.2) * np.array([23, 24, 17])
     else:
         azimuth = rng.uniform(-60, 60) * np.pi / 180
         point, _ = _surface_point(side, azimuth, rng.uniform(18, 48))
-        centre, radii = tuple(point * 0.93), rng.uniform(0.8, 1.25) * np.array([24, 26, 20])
-    centre, radii = [float(v) for v in centre], [float(v) for v in radii]
+        at, size = point * 0.93, rng.uniform(0.8, 1.25) * np.array([24, 26, 20])
+    centre, radii = [float(v) for v in at], [float(v) for v in size]
     widen = rng.uniform(0.6, 1.3)
 
     def distance(f: Fields) -> Array:

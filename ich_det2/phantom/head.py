@@ -71,13 +71,12 @@ class Fields:
     cavity: Array
     texture: Array
     lumpy: Array
-    ventricle: Array | None = None
-    csf: Array | None = None
+    ventricle: Array
+    csf: Array
 
     def cut(self, window: tuple[slice, slice]) -> Fields:
         """The same fields on a part of the plane."""
-        known = {name: value for name, value in vars(self).items() if value is not None}
-        return Fields(**{name: value[window] for name, value in known.items()})
+        return Fields(*(value[window] for value in vars(self).values()))
 
 
 def draw_folds(rng: np.random.Generator) -> Callable[[Array, Array, Array], Array]:
@@ -183,7 +182,7 @@ def to_cavity(x, y, z):
 def to_ventricles(x, y, z, width: float):
     """Distance to the ventricles; ``width`` 1 is normal, 1.5 wide."""
     side, w = np.abs(x), width
-    horns = (
+    horn = (
         (9.5, -33, 6, 2.6 * w),
         (7, -22, 11, 3.9 * w),
         (9, -2, 18, 3.9 * w),
@@ -193,7 +192,7 @@ def to_ventricles(x, y, z, width: float):
         (21, 59, 3, 1.4 * w),
     )
     temporal = ((24, 33, 6, 4.4 * w), (32, 12, -9, 1.7 * w), (31, -6, -14, 1.3 * w))
-    horns = union(to_tube(side * (1.15 - 0.12 * w), y, z, horns), to_tube(side, y, z, temporal))
+    horns = union(to_tube(side * (1.15 - 0.12 * w), y, z, horn), to_tube(side, y, z, temporal))
     # the third ventricle is a slit, the fourth a tent
     third = to_ball(x, y, z, (0, 2, -1), (1.6 + 1.4 * w, 15, 11))
     fourth = to_ball(x, y, z, (0, 36, -29), (5.5 + 2.0 * w, 5.5 + w, 11))
@@ -204,13 +203,13 @@ def to_cisterns(x, y, z, lumpy, atrophy: float):
     """Distance to the basal cisterns and the Sylvian fissures."""
     side, grow = np.abs(x), 0.7 * atrophy
     star = to_ball(x, y, z, (0, -12, -19), (10 + grow, 9 + grow, 8))
-    arms = (
+    arm = (
         (4, -14, -18, 3.2 + grow),
         (18, -19, -17, 1.3 + grow),
         (32, -23, -12, 1.2 + grow),
         (40, -16, -4, 1.3 + grow),
     )
-    arms = to_tube(side, y, z, arms)
+    arms = to_tube(side, y, z, arm)
     front = to_tube(x, y, z, ((0, -14, -17, 2.6 + grow), (0, -42, -8, 1.6 + grow)))
     # cisterns around the midbrain and behind it
     ring = np.abs(to_ball(x, y, z, (0, 8, -12), (17, 16, 30)) + 1.2 * lumpy)
@@ -323,8 +322,8 @@ def _skull_base(
     frontal_wall = intersection(frontal - 2.5, skin + 3)
     bone = union(bone, frontal_wall, np.maximum(sphenoid - 1.5, 0), mastoid - 1.0)
     canal = intersection(np.hypot(y - 14, z + 33) - 3.0, 56 - side)
-    cells = intersection(ethmoid + 1.0, honeycomb), intersection(mastoid, honeycomb + 0.1)
-    return union(skin, globe - 1.5), bone, base, soft, union(frontal, sphenoid, canal, *cells)
+    cells = union(intersection(ethmoid + 1.0, honeycomb), intersection(mastoid, honeycomb + 0.1))
+    return union(skin, globe - 1.5), bone, base, soft, union(frontal, sphenoid, canal, cells)
 
 
 def fill_outside(head: Head, f: Fields, cells: Array, shape: Array) -> tuple[Array, ...]:

@@ -21,7 +21,7 @@ from .head import (
     to_cavity,
     to_ventricles,
 )
-from .shapes import Array, coverage, mix
+from .shapes import FAR_MM, Array, coverage, mix
 
 VERSION = 1
 """Version of the model; raise it whenever the same seed gives other files."""
@@ -82,12 +82,10 @@ class Phantom:
     kernel: str
 
 
-def _bounds(mask: Array) -> tuple[slice, slice] | None:
-    """Bounding box of a mask as slices of rows and columns, None for an empty mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not rows.size:
-        return None
-    return tuple(slice(int(index[0]), int(index[-1]) + 1) for index in (rows, columns))
+def _bounds(mask: Array) -> tuple[slice, slice]:
+    """Bounding box, as rows and columns, of a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(1)).tolist(), np.flatnonzero(mask.any(0)).tolist()
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _inside(head: Head, bleeds: Sequence[Bleed], skull: Fields) -> tuple[Array, Array]:
@@ -159,14 +157,16 @@ def _slice_without_noise(
         x = x + 1.1 * shape
         y = y - 1.1 * np.roll(shape, head.grid // 3, axis=1)
         cavity = to_cavity(x, y, z)
-        outside = Fields(x, y, z, py, cavity, texture, lumpy)
+        far = np.full_like(x, FAR_MM)
+        outside = Fields(x, y, z, py, cavity, texture, lumpy, ventricle=far, csf=far)
         skin, bone, base, soft_hu, bone_hu, air = fill_outside(head, outside, cells, shape)
         tissue = np.full_like(x, head.white_hu)
         lifts = np.zeros((len(bleeds), *x.shape), np.float32)
-        window = _bounds(cavity < 2.0)
-        if window is not None:
-            cut = (slice(None), *window)
-            tissue[window], lifts[cut] = _inside(head, bleeds, outside.cut(window))
+        if cavity.min() < 2.0:
+            window = _bounds(cavity < 2.0)
+            tissue[window], lifts[(slice(None), *window)] = _inside(
+                head, bleeds, outside.cut(window)
+            )
 
         in_cavity = coverage(full(np.maximum(cavity, -base)), soft)
         plane = mix(couch, full(soft_hu), coverage(full(skin), soft))

@@ -20,9 +20,7 @@ SKIP_MM = 14.0
 """Shapes that lie further above or below a plane than this are not computed on it."""
 
 
-def to_ellipsoid(
-    x: Array, y: Array, z: Array, centre: Sequence[float], radii: Sequence[float]
-) -> Array:
+def to_ellipsoid(x: Array, y: Array, z: Array, centre: Sequence, radii: Sequence[float]) -> Array:
     """First-order distance to an ellipsoid: f / |grad f| with f = k (k - 1)."""
     if z.min() > centre[2] + radii[2] + SKIP_MM:
         return np.full_like(z, FAR_MM)
@@ -32,7 +30,7 @@ def to_ellipsoid(
     return k * (k - 1.0) / (np.sqrt(u * u + v * v + w * w) + 1e-6)
 
 
-def to_ball(x: Array, y: Array, z: Array, centre: Sequence[float], radii: Sequence[float]) -> Array:
+def to_ball(x: Array, y: Array, z: Array, centre: Sequence, radii: Sequence[float]) -> Array:
     """Cheap distance to an ellipsoid: good near its surface, ``FAR_MM`` on planes far from it."""
     if z.min() > centre[2] + radii[2] + SKIP_MM or z.max() < centre[2] - radii[2] - SKIP_MM:
         return np.full_like(z, FAR_MM)

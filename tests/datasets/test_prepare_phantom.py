@@ -111,6 +111,13 @@ def test_file_as_output_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "text"
 
 
+def test_a_link_to_nothing_yet_is_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "make_patient", small_patient)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "phantom")
+    assert run(tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/phantom/phantom.json").is_file()
+
+
 def test_file_as_parent_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("text")
     assert run(tmp_path / "file" / "phantom") == 2
@@ -141,18 +148,25 @@ def test_force_replaces_a_phantom_and_empty_folder_is_used(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["phantom"]
 
 
-def test_failure_leaves_no_trace(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: nothing was written."),
+        (OSError(28, "No space left on device"), 2, "left on device); give another --output."),
+    ],
+)
+def test_failure_leaves_no_trace(tmp_path, monkeypatch, capsys, failure, code, message):
     calls = []
 
     def fail(rng, **options):
         calls.append(options)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise failure
         return small_patient(rng, **options)
 
     monkeypatch.setattr(dataset, "make_patient", fail)
-    assert run(tmp_path / "phantom") == 130
-    assert capsys.readouterr().err.endswith(": interrupted: nothing was written.\n")
+    assert run(tmp_path / "phantom") == code
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,11 +6,11 @@ import io
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def make_ct(
-    stored: np.ndarray, uid: str, *, intercept: int = 0, bits: int = 16, **attributes: object
+    stored: np.ndarray, uid: UID, *, intercept: int = 0, bits: int = 16, **attributes: object
 ) -> Dataset:
     """One slice as a CT Image Storage data set, with its file meta information.
 
