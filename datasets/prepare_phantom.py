@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    affinity = hasattr(os, "sched_getaffinity")
+    processors = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
     parser = argparse.ArgumentParser(
         description="Write a synthetic data set of head CT series (DICOM, with VOC boxes of five "
         "types of intracranial hemorrhage), for demonstrations and tests without any download.",
@@ -32,29 +34,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write, e.g. datasets/phantom"
     )
-    parser.add_argument(
-        "--patients",
-        type=at_least(6),
-        default=80,
-        help=f"number of patients, {NUM_SLICES} slices each, half of them bleeding; at least 6 "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=at_least(0), default=0, help="seed of everything (default: %(default)s)"
-    )
-    affinity = hasattr(os, "sched_getaffinity")
-    parser.add_argument(
-        "--workers",
-        type=at_least(1),
-        default=len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1,
-        help="number of processes (default: the processors of this machine, %(default)s)",
-    )
-    parser.add_argument(
-        "--size",
-        type=at_least(64),
-        default=512,
-        help="rows and columns of a slice, pixels (default: %(default)s)",
-    )
+
+    def number(option: str, minimum: int, default: int, text: str, named: str = "") -> None:
+        text += f" (default: {named}%(default)s)"
+        parser.add_argument(option, type=at_least(minimum), default=default, help=text)
+
+    patients = f"number of patients, {NUM_SLICES} slices each, half of them bleeding; at least 6"
+    number("--patients", 6, 80, patients)
+    number("--seed", 0, 0, "seed of everything")
+    machine = "the processors of this machine, "
+    number("--workers", 1, processors, "number of processes", machine)
+    number("--size", 64, 512, "rows and columns of a slice, pixels")
     parser.add_argument(
         "--force",
         action="store_true",

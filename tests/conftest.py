@@ -8,10 +8,10 @@ import torch
 from detectron2.config import get_cfg
 from hypothesis import HealthCheck, settings
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import generate_uid
 
 from ich_det2 import add_ich_config
+from ich_det2.data.dicom.writing import make_ct
 from ich_det2.phantom import write_dataset
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -61,20 +61,8 @@ def write_ct():
     """Function that writes HU, sized (H, W), as an uncompressed DICOM CT slice."""
 
     def write(path, hu, **attributes):
-        ds = Dataset()
-        ds.file_meta = FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = CTImageStorage
-        ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = generate_uid()
-        ds.Modality = "CT"
-        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
-        ds.Rows, ds.Columns = hu.shape
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
-        ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
-        ds.PixelData = (np.rint(hu) + 1024).astype("<u2").tobytes()
-        ds["PixelData"].VR = "OW"
-        for keyword, value in attributes.items():
-            setattr(ds, keyword, value)
+        stored = (np.rint(hu) + 1024).astype("<u2")
+        ds = make_ct(stored, generate_uid(), intercept=-1024, **attributes)
         ds.save_as(path, enforce_file_format=True)
         return path
 
