@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     # PyTorch and Detectron2 take seconds to import, which --help need not wait for.
     from ich_det2.inference.api import diagnose
     from ich_det2.inference.diagnoser import Diagnoser
-    from ich_det2.inference.results import check_outputs
+    from ich_det2.inference.outputs import check_outputs
 
     status = Console(stderr=True)
     check_outputs(args.output, args.inputs, key=args.key, force=args.force)

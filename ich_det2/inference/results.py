@@ -1,26 +1,16 @@
-"""A diagnosis: of slices, of patients, and what was not read; and the files that it is written to.
+"""A diagnosis: of slices, of patients, and what was not read."""
 
-A new output format is one more function over a :class:`Diagnosis`, see ``WRITERS``.
-"""
-
-import contextlib
-import csv
-import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..evaluation.diagnosis import diagnose as is_positive
 from ..evaluation.diagnosis import patient_scores
-from ..evaluation.visualize import draw_overlay
-from ..files import write_atomically, write_csv
 from ..version import __version__
 from .slices import Noticed, Skipped, Slice
 
@@ -43,7 +33,6 @@ KEY_FIELDS = (
     *("patient", "series", "slice", "file", "path", "frame"),
     *("patient_id", "study_uid", "series_uid", "sop_uid"),
 )
-OVERLAYS = ("positive", "all", "none")
 
 Progress = Callable[[Iterable, str, int], Iterable]
 """Passes items on, and shows a person how far they are: (items, what is done, how many)."""
@@ -190,7 +179,7 @@ class Diagnosis:
     def to_dict(self) -> dict:
         """The content of ``diagnosis.json``, without identities unless asked for."""
         by_patient: dict[str, list[dict]] = {p.patient: [] for p in self.patients}
-        for s, row in zip(self.slices, _slice_rows(self), strict=True):
+        for s, row in zip(self.slices, slice_rows(self), strict=True):
             left = {k: v for k, v in row.items() if k not in ("patient", "n_boxes")}
             boxes = [
                 {"box": [round(float(v), 2) for v in box], "score": float(score), "class": name}
@@ -206,7 +195,7 @@ class Diagnosis:
             "boxes": "[x0, y0, x1, y1] in pixels of the original image, from half the threshold up,"
             " and each slice's highest",
             "patients": [
-                {**row, "slices": by_patient[row["patient"]]} for row in _patient_rows(self)
+                {**row, "slices": by_patient[row["patient"]]} for row in patient_rows(self)
             ],
             "skipped": [
                 {
@@ -241,15 +230,9 @@ class Diagnosis:
         Raises:
             ValueError: the folder or the key may not be written there, see ``check_outputs``.
         """
-        if overlays not in OVERLAYS:
-            raise ValueError(f"overlays is {overlays!r}, expected one of {', '.join(OVERLAYS)}.")
-        check_outputs(folder, self.inputs, key=key, force=force)
-        with _new_folder(Path(folder)) as temporary:
-            draw_overlays(self, temporary, overlays, progress)
-            for writer in WRITERS:
-                writer(self, temporary)
-        if key is not None:
-            _write_key(self, Path(key))
+        from .outputs import write_outputs  # which is about a Diagnosis
+
+        write_outputs(self, folder, overlays=overlays, key=key, force=force, progress=progress)
 
 
 def summarize_patients(
@@ -294,167 +277,7 @@ def verdict(score: float, threshold: float) -> str:
     return "positive" if is_positive([score], threshold) else "negative"
 
 
-def check_outputs(
-    folder: str | os.PathLike,
-    inputs: Sequence[str | os.PathLike],
-    *,
-    key: str | os.PathLike | None = None,
-    force: bool = False,
-) -> None:
-    """Refuses outputs whose writing could lose or betray something, before hours of work.
-
-    Raises:
-        ValueError: one sentence with the remedy.
-    """
-    output = Path(folder)
-    resolved = output.resolve()
-    for path in (Path(p).resolve() for p in inputs):
-        if resolved.is_relative_to(path) and path.is_dir() or path.is_relative_to(resolved):
-            raise ValueError(
-                f"--output {output} and the input {path.name} lie in one another, so a later run "
-                "would take results for images; give a folder elsewhere."
-            )
-    if key is not None:
-        _check_key(Path(key), resolved, force)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; give a new folder.")
-    if os.path.ismount(resolved):
-        raise ValueError(f"--output {output} is a mount point; give a new folder in it.")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not force:
-        raise ValueError(
-            f"--output {output} is not empty; give a new folder, or --force to replace an earlier "
-            "result."
-        )
-    try:
-        earlier = "tool" in json.loads((output / "diagnosis.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        earlier = False
-    if not earlier:
-        raise ValueError(
-            f"--output {output} holds no result of this tool, so --force does not replace it; give "
-            "a new folder."
-        )
-
-
-def _check_key(key: Path, output: Path, force: bool) -> None:
-    if key.is_symlink():
-        raise ValueError(f"--key {key} is a link, which is not followed; give a new file.")
-    if key.resolve().is_relative_to(output):
-        raise ValueError(
-            f"--key {key} lies in the folder of the results, which it shall be apart from; give a "
-            "file elsewhere."
-        )
-    if not key.parent.is_dir():
-        raise ValueError(f"--key {key}: there is no such folder; make it first.")
-    if not key.exists():
-        return
-    try:
-        with open(key, encoding="utf-8", newline="") as file:
-            earlier = key.is_file() and tuple(next(csv.reader(file), ())) == KEY_FIELDS
-    except (OSError, ValueError):
-        earlier = False
-    if not (force and earlier):
-        raise ValueError(
-            f"--key {key} exists; give a new file"
-            + (", or --force to replace an earlier key." if earlier else ".")
-        )
-
-
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of ``path`` when the block ends well."""
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    earlier = path.with_name(f".{path.name}.{os.getpid()}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            path.rename(earlier)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)
-
-
-def draw_overlays(
-    diagnosis: Diagnosis, folder: Path, which: str, progress: Progress = silent
-) -> None:
-    """Draws slices with their boxes, see :meth:`Diagnosis.write`."""
-    highest: dict[str, SliceDiagnosis] = {}
-    for s in diagnosis.slices:
-        if s.patient not in highest or s.score > highest[s.patient].score:
-            highest[s.patient] = s
-    wanted = {
-        "all": lambda s: True,
-        "none": lambda s: False,
-        "positive": lambda s: s.verdict == "positive" or s is highest[s.patient],
-    }[which]
-    chosen = [s for s in diagnosis.slices if wanted(s)]
-    for s in progress(chosen, "drawing", len(chosen)):
-        # Read again: keeping all slices would take a series' size in memory.
-        overlay = draw_overlay(
-            diagnosis.read_image(s.source.path, s.source.frame),
-            s.boxes,
-            s.scores,
-            s.classes,
-            threshold=diagnosis.threshold,
-            score=s.score,
-            caption=f"{s.patient}   {s.series}   slice {s.index}",
-        )
-        path = folder / s.overlay
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(overlay).save(path, compress_level=4)
-
-
-def write_slices(diagnosis: Diagnosis, folder: Path) -> None:
-    """``slices.csv``."""
-    extra = ("patient_id", "series_uid", "sop_uid") if diagnosis.identify else ()
-    rows = map(_six_decimals, _slice_rows(diagnosis))
-    write_csv(folder / "slices.csv", (*SLICE_FIELDS, *extra), rows)
-
-
-def write_patients(diagnosis: Diagnosis, folder: Path) -> None:
-    """``patients.csv``."""
-    extra = ("patient_id",) if diagnosis.identify else ()
-    rows = [
-        {
-            **_six_decimals(row),
-            "complete": "yes" if row["complete"] else "no",
-            "notes": "; ".join(row["notes"]),
-        }
-        for row in _patient_rows(diagnosis)
-    ]
-    write_csv(folder / "patients.csv", (*PATIENT_FIELDS, *extra, *NOTE_FIELDS), rows)
-
-
-def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
-    """``diagnosis.json``; says which overlays there are."""
-    content = diagnosis.to_dict()
-    paths = {(s.patient, s.series, s.index): s.overlay for s in diagnosis.slices}
-    for patient in content["patients"]:
-        for s in patient["slices"]:
-            path = paths[patient["patient"], s["series"], s["slice"]]
-            s["overlay"] = path if (folder / path).is_file() else None
-    with write_atomically(folder / "diagnosis.json") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-
-
-WRITERS = (write_slices, write_patients, write_diagnosis)
-"""What writes a diagnosis into a folder that holds the overlays already."""
-
-
-def _write_key(diagnosis: Diagnosis, path: Path) -> None:
-    with write_atomically(path, private=True) as file:
-        writer = csv.DictWriter(file, KEY_FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(diagnosis.key)
-
-
-def _slice_rows(diagnosis: Diagnosis) -> Iterator[dict]:
+def slice_rows(diagnosis: Diagnosis) -> Iterator[dict]:
     for s in diagnosis.slices:
         row = {
             "patient": s.patient,
@@ -475,16 +298,12 @@ def _slice_rows(diagnosis: Diagnosis) -> Iterator[dict]:
         yield row
 
 
-def _patient_rows(diagnosis: Diagnosis) -> Iterator[dict]:
+def patient_rows(diagnosis: Diagnosis) -> Iterator[dict]:
     for p in diagnosis.patients:
         row = {name: getattr(p, name) for name in PATIENT_FIELDS}
         if diagnosis.identify:
             row["patient_id"] = p.patient_id
         yield row | {name: getattr(p, name) for name in NOTE_FIELDS} | {"notes": list(p.notes)}
-
-
-def _six_decimals(row: dict) -> dict:
-    return row | {"score": "" if row["score"] is None else f"{row['score']:.6f}"}
 
 
 def _text(path: Path) -> str:

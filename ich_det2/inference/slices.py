@@ -21,13 +21,14 @@ from PIL import Image
 from ..data.context import last_number, read_places
 from ..data.dicom import (
     CTFile,
-    Finding,
+    CTSeries,
     Identity,
     group_patients,
     group_series,
     is_dicom,
     is_placeholder,
     neighbours,
+    printable,
     read_file,
 )
 from ..data.splits import IMAGE_FOLDERS, read_patients
@@ -163,26 +164,12 @@ class _Source:
     def name(self) -> str:
         """Its path under the given folder. Names of files need not be text."""
         name = self.path.relative_to(self.folder).as_posix() if self.folder else self.path.name
-        return os.fsencode(name).decode("utf-8", "replace")
+        return printable(os.fsencode(name).decode("utf-8", "replace"))
 
     @property
     def order(self) -> tuple:
         own, itself = self.identity, _natural(os.fspath(self.path))
         return _natural(self.listed or own.patient_id), own.study_uid, own.series_uid, itself
-
-
-@dataclass(eq=False)
-class _Series:
-    """Slices of one series in order: the source, the frame in it, the position in mm."""
-
-    patient: tuple
-    order: tuple
-    slices: list[tuple[_Source, int | None, float]]
-    study: str = ""
-    findings: tuple[Finding, ...] = ()
-    n_missing: int = 0
-    is_axial: bool = True
-    name: str = ""
 
 
 def find_slices(
@@ -213,13 +200,13 @@ def find_slices(
     _read_tree.cache_clear()
     sources = _collect([Path(path) for path in inputs], any_body_part)
     warnings = _tell_patients_apart(sources, identify)
-    series = _select_axial(_group(sources), warnings)
+    series = _select_axial(_group(sources), sources, warnings)
     if not series:
         raise ValueError(_nothing_found(inputs, [s for s in sources if s.fault]))
     _attribute_losses(sources)
     patients = _number_patients(sources)
-    slices = _number_slices(series, patients, context, by_name)
-    remove = str if identify else _remover(sources)
+    slices = _number_slices(series, sources, patients, context, by_name)
+    remove = None if identify else _remover(sources)
     slices, skipped = _rename(slices, sources, patients, remove)
     return Found(list(slices.values()), skipped, _describe(series, slices, patients, warnings))
 
@@ -260,48 +247,51 @@ def _tell_patients_apart(sources: Sequence[_Source], identify: bool) -> dict[tup
     return defaultdict(list, {("header", key): [text] for key, text in warnings.items()})
 
 
-def _group(sources: Sequence[_Source]) -> list[_Series]:
+def _group(sources: Sequence[_Source]) -> list[CTSeries]:
     """The series of DICOM files; pictures are one series a folder, if no list says better."""
     dicom = {s.path: s for s in sources if s.kind == "dicom" and not s.fault}
-    found, repeats = group_series(
+    series, repeats = group_series(
         [s.file for s in dicom.values()], [s.patient for s in dicom.values()]
     )
     for path, first in repeats.items():
         dicom[path].repeats, dicom[path].fault = dicom[first], "repeats the image {}."
-    series = [
-        _Series(
-            patient=s.patient,
-            order=(s.study_uid, s.series_uid, "", i),
-            slices=[(dicom[p], *at) for p, *at in zip(s.files, s.frames, s.positions_mm)],
-            study=s.study_uid,
-            findings=s.findings,
-            n_missing=s.n_missing,
-            is_axial=s.is_axial,
-        )
-        for i, s in enumerate(found)
-    ]
     pictures = defaultdict(list)
     for s in sorted(sources, key=lambda s: _natural(s.name)):
         if s.kind == "picture" and not s.fault:
             name, position = s.place if not math.isnan(s.place[1]) else ("", math.nan)
-            pictures[s.patient, name, os.fspath(s.path.parent)].append((s, None, position))
-    for (patient, name, folder), slices in pictures.items():
-        series.append(_Series(patient, ("", name, folder, 0), slices))
-    return series
+            pictures[s.patient, os.fspath(s.path.parent), name].append((s.path, position))
+    for (patient, _, name), slices in sorted(pictures.items()):
+        files, positions = zip(*slices)
+        series.append(
+            CTSeries(
+                files=files,
+                series_uid=name,
+                study_uid="",
+                patient_id="",
+                spacing_mm=(math.nan,) * 3,
+                frames=(None,) * len(files),
+                positions_mm=positions,
+                patient=patient,
+            )
+        )
+    return sorted(series, key=lambda s: (s.study_uid, s.series_uid))
 
 
-def _select_axial(series: Sequence[_Series], warnings: dict[tuple, list[str]]) -> list[_Series]:
+def _select_axial(
+    series: Sequence[CTSeries], sources: Sequence[_Source], warnings: dict[tuple, list[str]]
+) -> list[CTSeries]:
     """The axial series; another is lost where its study has no axial one in its place."""
     axial = [s for s in series if s.is_axial]
-    studies = {(s.patient, s.study) for s in axial}
-    used = {source for s in axial for source, _, _ in s.slices}
+    studies = {(s.patient, s.study_uid) for s in axial}
+    used = {path for s in axial for path in s.files}
     for s in series:
         if s.is_axial:
             continue
-        alone = (s.patient, s.study) not in studies
-        for source in {source for source, _, _ in s.slices} - used:
-            source.fault, source.lost = "is not axial, expected axial slices.", alone
-        note = f"{len(s.slices)} slice(s) that are not axial are left out"
+        alone, unused = (s.patient, s.study_uid) not in studies, {*s.files} - used
+        for source in sources:
+            if source.path in unused:
+                source.fault, source.lost = "is not axial, expected axial slices.", alone
+        note = f"{len(s.files)} slice(s) that are not axial are left out"
         warnings[s.patient].append(note + ", and there are no others of their study" * alone)
     return axial
 
@@ -369,63 +359,70 @@ def _number_patients(sources: Sequence[_Source]) -> dict[tuple, str]:
 
 
 def _number_slices(
-    series: Sequence[_Series], patients: dict[tuple, str], context: int, by_name: bool
-) -> dict[tuple[_Source, int | None], Slice]:
-    """The slices by source and frame, still named as their files are; names the series."""
-    slices, rank, count = {}, list(patients), Counter()
-    for s in sorted(series, key=lambda s: (rank.index(s.patient), s.order)):
+    series: Sequence[CTSeries],
+    sources: Sequence[_Source],
+    patients: dict[tuple, str],
+    context: int,
+    by_name: bool,
+) -> dict[tuple[Path, int | None], Slice]:
+    """The slices by file and frame, still named as their files are."""
+    slices, count, source = {}, Counter(), {s.path: s for s in sources}
+    for s in sorted(series, key=lambda s: [*patients].index(s.patient)):
         count[s.patient] += 1
-        s.name = f"series-{count[s.patient]:02d}"
-        positions = [position for _, _, position in s.slices]
+        entries = list(zip(s.files, s.frames))
+        positions = s.positions_mm
         if by_name and np.isnan(positions).all():
-            positions = [last_number(source.path.stem) for source, _, _ in s.slices]
-        entries, beside = s.slices, [[]] * len(positions)
+            positions = [last_number(path.stem) for path in s.files]
+        beside = [[]] * len(entries)
         if not np.isnan(positions).any():
             # Pictures may be named in any order.
             entries = [entries[i] for i in np.argsort(positions, kind="stable")]
             beside = neighbours(sorted(positions), context)
-        files = [(os.fspath(source.path), frame) for source, frame, _ in entries]
-        for index, (source, frame, _) in enumerate(entries):
-            slices[source, frame] = Slice(
-                path=source.path,
-                file=source.name if frame is None else f"{source.name}#{frame + 1}",
+        for index, (path, frame) in enumerate(entries):
+            slices[path, frame] = Slice(
+                path=path,
+                file=source[path].name + ("" if frame is None else f"#{frame + 1}"),
                 patient=patients[s.patient],
-                series=s.name,
+                series=f"series-{count[s.patient]:02d}",
                 index=index,
-                given=source.given,
-                identity=source.identity,
+                given=source[path].given,
+                identity=source[path].identity,
                 frame=frame,
-                context_files=tuple(files[i] for i in beside[index]),
+                context_files=tuple(
+                    (os.fspath(entries[i][0]), entries[i][1]) for i in beside[index]
+                ),
             )
     return slices
 
 
 def _rename(
-    slices: dict[tuple[_Source, int | None], Slice],
+    slices: dict[tuple[Path, int | None], Slice],
     sources: Sequence[_Source],
     patients: dict[tuple, str],
-    remove: Callable[[str], str],
-) -> tuple[dict[tuple[_Source, int | None], Slice], list[Skipped]]:
-    """Slices and skipped files under names that are unique and tell nobody's identity."""
+    remove: Callable[[str], str] | None,
+) -> tuple[dict[tuple[Path, int | None], Slice], list[Skipped]]:
+    """Slices and skipped files under names that are unique and tell nobody's identity.
+
+    Args:
+        remove: takes identities out of texts; None to keep them.
+    """
     skipped = sorted((s for s in sources if s.fault), key=lambda s: _natural(s.name))
     count = Counter([*(entry.file for entry in slices.values()), *(s.name for s in skipped)])
 
     def choose(name: str, pseudonym: str, path: Path) -> str:
-        if remove is str or remove(name) == name and count[name] == 1:
+        if remove is None or remove(name) == name and count[name] == 1:
             return name
         return pseudonym + (path.suffix if path.suffix.lower() in _SUFFIXES else "")
 
-    renamed = {}
-    for key, entry in slices.items():
-        pseudonym = f"{entry.patient}/{entry.series}/{entry.index:03d}"
-        renamed[key] = replace(entry, file=choose(entry.file, pseudonym, entry.path))
-    first = {}
-    for (source, _), entry in renamed.items():
-        first.setdefault(source, entry.file.split("#")[0])
-    return renamed, [
+    slices = {
+        key: replace(s, file=choose(s.file, f"{s.patient}/{s.series}/{s.index:03d}", s.path))
+        for key, s in slices.items()
+    }
+    names = {path: entry.file.split("#")[0] for (path, _), entry in reversed(slices.items())}
+    return slices, [
         Skipped(
             file=choose(s.name, f"skipped-{i:03d}", s.path),
-            reason=s.fault.format(first[s.repeats]) if s.repeats else remove(s.fault),
+            reason=_explain(s, names, remove),
             lost=bool(s.lost),
             patients=tuple(patients[key] for key in patients if key in s.concerned),
             path=s.path,
@@ -435,9 +432,15 @@ def _rename(
     ]
 
 
+def _explain(source: _Source, names: dict[Path, str], remove: Callable[[str], str] | None) -> str:
+    if source.repeats is not None:
+        return source.fault.format(names.get(source.repeats.path, "of another file"))
+    return remove(source.fault) if remove else source.fault
+
+
 def _describe(
-    series: Sequence[_Series],
-    slices: dict[tuple[_Source, int | None], Slice],
+    series: Sequence[CTSeries],
+    slices: dict[tuple[Path, int | None], Slice],
     patients: dict[tuple, str],
     warnings: dict[tuple, list[str]],
 ) -> dict[str, Noticed]:
@@ -445,8 +448,9 @@ def _describe(
     notes = {key: [*warnings.get(key, ())] for key in patients}
     missing = Counter()
     for s in series:
-        names = [slices[source, frame].file for source, frame, _ in s.slices]
-        notes[s.patient] += [f"{s.name}: {finding(names.__getitem__)}" for finding in s.findings]
+        own = [slices[entry] for entry in zip(s.files, s.frames)]
+        names = [entry.file for entry in own]
+        notes[s.patient] += [f"{own[0].series}: {finding.words(names)}" for finding in s.findings]
         missing[s.patient] += s.n_missing
     return {name: Noticed(tuple(notes[key]), missing[key]) for key, name in patients.items()}
 

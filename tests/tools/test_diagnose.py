@@ -17,7 +17,7 @@ from pydicom.uid import JPEG2000Lossless
 
 from ich_det2.data.datasets import register_ich_datasets
 from ich_det2.engine import IchTrainer
-from ich_det2.inference import results
+from ich_det2.inference import outputs
 
 REPO = Path(__file__).parents[2]
 
@@ -367,7 +367,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, run_dir, exam, monkeypatch,
         raise error
 
     folder = exam()
-    monkeypatch.setattr(results, "draw_overlay", fail)
+    monkeypatch.setattr(outputs, "draw_overlay", fail)
     assert run(run_dir, folder, "--output", tmp_path / "out") == code
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exam", "run"]
 

@@ -5,7 +5,7 @@ docs/dicom.md says what is read how, what is refused, and the exact formula of t
 
 from .body_part import may_be_head
 from .elements import is_dicom
-from .header import CT_STORAGE, MAX_FRAMES, MAX_SIDE
+from .header import CT_STORAGE, MAX_FRAMES, MAX_SIDE, printable
 from .identity import (
     Identity,
     group_patients,
@@ -47,6 +47,7 @@ __all__ = [
     "neighbours",
     "patient_key",
     "patient_keys",
+    "printable",
     "read_file",
     "read_hu",
     "read_identity",

@@ -122,7 +122,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except Refusal as error:
-        raise ValueError(f"{path}: {_printable(error)}") from error
+        raise ValueError(f"{path}: {printable(error)}") from error
     except Exception as error:
         # pydicom and the decoders answer damage with whatever breaks first: struct.error, EOFError,
         # KeyError, RuntimeError, NotImplementedError, MemoryError, ...
@@ -136,10 +136,10 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 def _damage(path: str | os.PathLike, error: BaseException) -> ValueError:
     detail = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(f"{path}: is damaged ({_printable(detail)}); export the file again.")
+    return ValueError(f"{path}: is damaged ({printable(detail)}); export the file again.")
 
 
-def _printable(message: object, limit: int = 300) -> str:
+def printable(message: object, limit: int = 300) -> str:
     """A message without what a damaged header could do to a terminal or a line of a report."""
     return "".join(c if c.isprintable() else "?" for c in str(message)[:limit])
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .elements import Attributes
-from .header import naming, read_headers
+from .header import naming, printable, read_headers
 
 _PLACEHOLDERS = frozenset(
     """ANON ANONYM ANONYME ANONYMISE ANONYMISED ANONYMISIERT ANONYMIZED ANONYMOUS ANONYMUS ANONIM
@@ -88,9 +88,9 @@ def group_patients(
     for patient_id, images in sorted(by_id.items()):
         people = [identities[i] for i in images]
         if patient_id and is_placeholder(patient_id):
-            reason = f"Patient ID '{patient_id}' is a placeholder"
+            reason = f"Patient ID '{printable(patient_id)}' is a placeholder"
         elif patient_id and (differing := _differences(people)):
-            named = f"Patient ID '{patient_id}'" if identify else "one Patient ID"
+            named = f"Patient ID '{printable(patient_id)}'" if identify else "one Patient ID"
             reason = f"{named} has different {differing}"
             for i in images:
                 keys[i] = identities[i].study_uid or identities[i].series_uid or keys[i]

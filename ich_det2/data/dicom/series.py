@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from ...files import sha256, walk
 from .body_part import may_be_head
 from .elements import Attributes, label
-from .header import CT_STORAGE, Header, naming, read_headers
+from .header import CT_STORAGE, Header, naming, printable, read_headers
 from .identity import Identity, group_patients
 from .pixels import read_hu
 
@@ -70,11 +70,6 @@ class CTSlice:
             image_type = self.header.values.text("ImageType").upper()
             return not any(word in image_type for word in ("CORONAL", "SAGITTAL"))
         return bool(abs(np.cross(*self.directions)[2]) >= _AXIAL)
-
-    @property
-    def name(self) -> str:
-        """For a person: the file's name, with the frame counted from 1 as in DICOM."""
-        return self.path.name if self.frame is None else f"{self.path.name} frame {self.frame + 1}"
 
     @property
     def place(self) -> tuple:
@@ -132,10 +127,10 @@ class Finding:
     text: str
     slices: tuple[int, ...] = ()
 
-    def __call__(self, name: Callable[[int], str]) -> str:
-        """In words, with names for slices."""
+    def words(self, names: Sequence[str]) -> str:
+        """The text, with these names of the series' slices."""
         first, *rest = self.text.split("{}", len(self.slices))
-        return first + "".join(name(i) + part for i, part in zip(self.slices, rest, strict=True))
+        return first + "".join(names[i] + part for i, part in zip(self.slices, rest, strict=True))
 
 
 @dataclass(frozen=True)
@@ -172,11 +167,11 @@ class CTSeries:
     @property
     def notes(self) -> tuple[str, ...]:
         """The findings in words, with file names, which may tell whose they are."""
-        return tuple(finding(self._name) for finding in self.findings)
-
-    def _name(self, i: int) -> str:
-        frame = "" if self.frames[i] is None else f" frame {self.frames[i] + 1}"
-        return self.files[i].name + frame
+        names = [
+            path.name if frame is None else f"{path.name} frame {frame + 1}"
+            for path, frame in zip(self.files, self.frames)
+        ]
+        return tuple(finding.words(names) for finding in self.findings)
 
 
 def read_series(
@@ -236,7 +231,7 @@ def read_file(path: str | os.PathLike, *, any_body_part: bool = False) -> CTFile
         what = "localizer (scout)" if "LOCALIZER" in kind else "report or screen"
         fault = f"is a {what}, not a slice."
     elif not any_body_part and not may_be_head(part):
-        fault = f"{label('BodyPartExamined')} is {part}, expected a head."
+        fault = f"{label('BodyPartExamined')} is {printable(part)}, expected a head."
     return CTFile(path, values, () if fault else slices, fault, excluded=bool(fault))
 
 

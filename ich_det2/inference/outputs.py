@@ -1,0 +1,213 @@
+"""The files that a diagnosis is written to.
+
+A new output format is one more function over a ``Diagnosis``, see ``WRITERS``.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..evaluation.visualize import draw_overlay
+from ..files import write_atomically, write_csv
+from .results import (
+    KEY_FIELDS,
+    NOTE_FIELDS,
+    PATIENT_FIELDS,
+    SLICE_FIELDS,
+    Diagnosis,
+    Progress,
+    SliceDiagnosis,
+    patient_rows,
+    slice_rows,
+)
+
+OVERLAYS = ("positive", "all", "none")
+
+
+def write_outputs(
+    diagnosis: Diagnosis,
+    folder: str | os.PathLike,
+    *,
+    overlays: str,
+    key: str | os.PathLike | None,
+    force: bool,
+    progress: Progress,
+) -> None:
+    """Writes all outputs, or none; see :meth:`Diagnosis.write`."""
+    if overlays not in OVERLAYS:
+        raise ValueError(f"overlays is {overlays!r}, expected one of {', '.join(OVERLAYS)}.")
+    check_outputs(folder, diagnosis.inputs, key=key, force=force)
+    with _new_folder(Path(folder)) as temporary:
+        _draw_overlays(diagnosis, temporary, overlays, progress)
+        for write in WRITERS:
+            write(diagnosis, temporary)
+    if key is not None:
+        _write_key(diagnosis, Path(key))
+
+
+def check_outputs(
+    folder: str | os.PathLike,
+    inputs: Sequence[str | os.PathLike],
+    *,
+    key: str | os.PathLike | None = None,
+    force: bool = False,
+) -> None:
+    """Refuses outputs whose writing could lose or betray something, before hours of work.
+
+    Raises:
+        ValueError: one sentence with the remedy.
+    """
+    output = Path(folder)
+    resolved = output.resolve()
+    for path in (Path(p).resolve() for p in inputs):
+        if resolved.is_relative_to(path) and path.is_dir() or path.is_relative_to(resolved):
+            raise ValueError(
+                f"--output {output} and the input {path.name} lie in one another, so a later run "
+                "would take results for images; give a folder elsewhere."
+            )
+    if key is not None:
+        _check_key(Path(key), resolved, force)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a new folder.")
+    if os.path.ismount(resolved):
+        raise ValueError(f"--output {output} is a mount point; give a new folder in it.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not force:
+        raise ValueError(
+            f"--output {output} is not empty; give a new folder, or --force to replace an earlier "
+            "result."
+        )
+    try:
+        earlier = "tool" in json.loads((output / "diagnosis.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        earlier = False
+    if not earlier:
+        raise ValueError(
+            f"--output {output} holds no result of this tool, so --force does not replace it; give "
+            "a new folder."
+        )
+
+
+def _check_key(key: Path, output: Path, force: bool) -> None:
+    if key.is_symlink():
+        raise ValueError(f"--key {key} is a link, which is not followed; give a new file.")
+    if key.resolve().is_relative_to(output):
+        raise ValueError(
+            f"--key {key} lies in the folder of the results, which it shall be apart from; give a "
+            "file elsewhere."
+        )
+    if not key.parent.is_dir():
+        raise ValueError(f"--key {key}: there is no such folder; make it first.")
+    if not key.exists():
+        return
+    try:
+        with open(key, encoding="utf-8", newline="") as file:
+            earlier = key.is_file() and tuple(next(csv.reader(file), ())) == KEY_FIELDS
+    except (OSError, ValueError):
+        earlier = False
+    if not (force and earlier):
+        raise ValueError(
+            f"--key {key} exists; give a new file"
+            + (", or --force to replace an earlier key." if earlier else ".")
+        )
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of ``path`` when the block ends well."""
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    earlier = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rename(earlier)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _draw_overlays(diagnosis: Diagnosis, folder: Path, which: str, progress: Progress) -> None:
+    """Draws slices with their boxes, see :meth:`Diagnosis.write`."""
+    highest: dict[str, SliceDiagnosis] = {}
+    for s in diagnosis.slices:
+        if s.patient not in highest or s.score > highest[s.patient].score:
+            highest[s.patient] = s
+    wanted = {
+        "all": lambda s: True,
+        "none": lambda s: False,
+        "positive": lambda s: s.verdict == "positive" or s is highest[s.patient],
+    }[which]
+    chosen = [s for s in diagnosis.slices if wanted(s)]
+    for s in progress(chosen, "drawing", len(chosen)):
+        # Read again: keeping all slices would take a series' size in memory.
+        overlay = draw_overlay(
+            diagnosis.read_image(s.source.path, s.source.frame),
+            s.boxes,
+            s.scores,
+            s.classes,
+            threshold=diagnosis.threshold,
+            score=s.score,
+            caption=f"{s.patient}   {s.series}   slice {s.index}",
+        )
+        path = folder / s.overlay
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay).save(path, compress_level=4)
+
+
+def write_slices(diagnosis: Diagnosis, folder: Path) -> None:
+    """``slices.csv``."""
+    extra = ("patient_id", "series_uid", "sop_uid") if diagnosis.identify else ()
+    rows = map(_six_decimals, slice_rows(diagnosis))
+    write_csv(folder / "slices.csv", (*SLICE_FIELDS, *extra), rows)
+
+
+def write_patients(diagnosis: Diagnosis, folder: Path) -> None:
+    """``patients.csv``."""
+    extra = ("patient_id",) if diagnosis.identify else ()
+    rows = [
+        {
+            **_six_decimals(row),
+            "complete": "yes" if row["complete"] else "no",
+            "notes": "; ".join(row["notes"]),
+        }
+        for row in patient_rows(diagnosis)
+    ]
+    write_csv(folder / "patients.csv", (*PATIENT_FIELDS, *extra, *NOTE_FIELDS), rows)
+
+
+def write_diagnosis(diagnosis: Diagnosis, folder: Path) -> None:
+    """``diagnosis.json``; says which overlays there are."""
+    content = diagnosis.to_dict()
+    paths = {(s.patient, s.series, s.index): s.overlay for s in diagnosis.slices}
+    for patient in content["patients"]:
+        for s in patient["slices"]:
+            path = paths[patient["patient"], s["series"], s["slice"]]
+            s["overlay"] = path if (folder / path).is_file() else None
+    with write_atomically(folder / "diagnosis.json") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+
+
+WRITERS = (write_slices, write_patients, write_diagnosis)
+"""What writes a diagnosis into a folder that holds the overlays already."""
+
+
+def _write_key(diagnosis: Diagnosis, path: Path) -> None:
+    with write_atomically(path, private=True) as file:
+        writer = csv.DictWriter(file, KEY_FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(diagnosis.key)
+
+
+def _six_decimals(row: dict) -> dict:
+    return row | {"score": "" if row["score"] is None else f"{row['score']:.6f}"}
