@@ -25,9 +25,10 @@ def write_atomically(path: str | Path, mode: str = "w", *, private: bool = False
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    opener = _open_private if private else None
     try:
-        with open(temporary, mode, opener=_open_private if private else None, **text) as file:
+        with open(temporary, mode, encoding=encoding, newline=newline, opener=opener) as file:
             yield file
         os.replace(temporary, path)
     finally:

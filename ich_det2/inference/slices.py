@@ -32,7 +32,7 @@ from ..data.dicom import (
     read_file,
 )
 from ..data.splits import IMAGE_FOLDERS, read_patients
-from ..files import walk
+from ..files import is_hidden, walk
 
 PICTURE_SUFFIXES = IMAGE_FOLDERS["JPEGImages"]
 DICOM_SUFFIXES = IMAGE_FOLDERS["DICOM"]
@@ -208,7 +208,7 @@ def find_slices(
     slices = _number_slices(series, sources, patients, context, by_name)
     remove = None if identify else _remover(sources)
     slices, skipped = _rename(slices, sources, patients, remove)
-    return Found(list(slices.values()), skipped, _describe(series, slices, patients, warnings))
+    return Found(list(slices.values()), skipped, _describe(series, slices, sources, patients, warnings))
 
 
 def _collect(inputs: Sequence[Path], any_body_part: bool) -> list[_Source]:
@@ -226,7 +226,9 @@ def _collect(inputs: Sequence[Path], any_body_part: bool) -> list[_Source]:
             raise FileNotFoundError(f"{path}: no such file or folder; check the path.")
         source = sources.setdefault(path.resolve(), _open(path, None, any_body_part))
         source.given = True
-        if source.fault and not source.file.excluded:
+        if source.fault and is_hidden(path):  # a list of files may name those, too
+            source.kind, source.lost = "unread", False
+        elif source.fault and not source.file.excluded:
             raise ValueError(f"{path}: {source.fault}")
     return list(sources.values())
 
@@ -441,12 +443,15 @@ def _explain(source: _Source, names: dict[Path, str], remove: Callable[[str], st
 def _describe(
     series: Sequence[CTSeries],
     slices: dict[tuple[Path, int | None], Slice],
+    sources: Sequence[_Source],
     patients: dict[tuple, str],
     warnings: dict[tuple, list[str]],
 ) -> dict[str, Noticed]:
     """What was noticed, by patient."""
     notes = {key: [*warnings.get(key, ())] for key in patients}
     missing = Counter()
+    for key, count in Counter(s.patient for s in sources if s.repeats).items():
+        notes.get(key, []).append(f"{count} file(s) that repeat others are left out")
     for s in series:
         own = [slices[entry] for entry in zip(s.files, s.frames)]
         names = [entry.file for entry in own]

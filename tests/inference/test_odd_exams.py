@@ -76,7 +76,8 @@ def test_a_true_repeat_is_left_out_and_said(write_series, look, tmp_path, repeat
     repeat(paths[1], tmp_path / "exam/again.dcm")
     found = look()
     (patient,), (skipped,) = found.patients, found.skipped
-    assert (patient.n_slices, patient.complete, patient.notes) == (4, True, ())
+    assert (patient.n_slices, patient.complete) == (4, True)
+    assert patient.notes == ("1 file(s) that repeat others are left out",)
     assert {skipped.file, *skipped.reason.split()} >= {"again.dcm", "repeats", "IM2.dcm."}
     assert not skipped.lost
 
@@ -362,6 +363,10 @@ def test_hidden_files_are_nowhere(write_series, look, tmp_path):
         (tmp_path / "exam" / name).write_bytes(b"x")
     found = look()
     assert found.skipped == () and found.patients[0].complete
+    # A list of files, as of find, may name them.
+    found = look(*sorted((tmp_path / "exam").glob("*1.dcm")))
+    assert [(s.file, s.lost) for s in found.skipped] == [("._IM1.dcm", False)]
+    assert found.patients[0].n_slices == 1 and found.patients[0].complete
 
 
 def test_what_is_not_followed_is_lost(write_series, look, tmp_path):

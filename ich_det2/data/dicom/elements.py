@@ -16,12 +16,14 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Literal, cast
 
 import pydicom
-from pydicom.datadict import dictionary_description, dictionary_VR, tag_for_keyword
+from pydicom.datadict import dictionary_description, dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.filebase import DicomIO
 from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.filewriter import write_file_meta_info
 from pydicom.tag import Tag
@@ -78,7 +80,10 @@ MAX_INFLATED = 1 << 28
 
 UNDEFINED_LENGTH = 0xFFFFFFFF
 
-_TAGS = {keyword: Tag(tag_for_keyword(keyword)) for keyword in (*TEXTS, *NUMBERS, *SEQUENCES)}
+Source = io.BufferedReader | io.BytesIO
+"""An open file, or the content of a deflated one."""
+
+_TAGS = {keyword: Tag(keyword) for keyword in (*TEXTS, *NUMBERS, *SEQUENCES)}
 _BINARY = {"US": "H", "SS": "h", "UL": "L", "SL": "l", "FL": "f", "FD": "d", "UV": "Q", "SV": "q"}
 _VALUE_REPRESENTATIONS = frozenset(vr.value.encode() for vr in pydicom.valuerep.VR)
 
@@ -98,7 +103,8 @@ class Attributes(dict):
         super().__init__(values)
         self.faults = faults or {}
 
-    def __or__(self, other: Attributes) -> Attributes:
+    def updated(self, other: Attributes) -> Attributes:
+        """A copy, with what others say in the place of these."""
         return Attributes({**self, **other}, self.faults | other.faults)
 
     def text(self, keyword: str) -> str:
@@ -163,13 +169,13 @@ class Elements:
 
     values: Attributes
     syntax: UID
-    source: BinaryIO
+    source: Source
     offset: int
     length: int | None
     groups: Dataset | None = None
 
 
-def read_elements(file: BinaryIO) -> Elements:
+def read_elements(file: Source) -> Elements:
     """Read a header.
 
     Args:
@@ -220,7 +226,7 @@ def _begins_as_dicom(head: bytes) -> bool:
     return len(head) == 132 and (explicit and (little or big) or little and head[6:8] == b"\0\0")
 
 
-def size_of(file: BinaryIO) -> int:
+def size_of(file: Source) -> int:
     """Length of an open file, bytes; its position stays."""
     position = file.tell()
     try:
@@ -238,7 +244,7 @@ def _value(dataset: Dataset, tag: int) -> Iterable:
     """The values of an element, whatever VR the file gives it."""
     element = dataset.get_item(tag)
     value = element.value
-    if isinstance(value, bytes):
+    if isinstance(element, RawDataElement) and isinstance(value, bytes):
         vr = dictionary_VR(tag) if element.VR in (None, "UN", "OB", "OW") else element.VR
         code = _BINARY.get(vr[:2])  # "US or SS"
         if code:
@@ -266,7 +272,7 @@ def _number(value) -> float:
     return float(value.strip(" \0\t\r\n") if isinstance(value, str) else value)
 
 
-def inflate(file: BinaryIO) -> BinaryIO:
+def inflate(file: Source) -> Source:
     """The file itself, or a deflated file's content (A.5) as an Explicit VR file in memory."""
     file.seek(0)
     deflated = DeflatedExplicitVRLittleEndian.encode() in file.read(1 << 12)
@@ -287,15 +293,15 @@ def inflate(file: BinaryIO) -> BinaryIO:
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     plain = io.BytesIO(b"\0" * 128 + b"DICM")
     plain.seek(0, os.SEEK_END)
-    write_file_meta_info(plain, meta, enforce_standard=False)
+    write_file_meta_info(cast(DicomIO, plain), meta, enforce_standard=False)
     plain.write(content)
     plain.seek(0)
     return plain
 
 
-def _enter_pixel_data(file: BinaryIO, big_endian: bool) -> int | None:
+def _enter_pixel_data(file: Source, big_endian: bool) -> int | None:
     """Step from a tag to its value; return the value's length, None if it is not Pixel Data."""
-    order = "big" if big_endian else "little"
+    order: Literal["big", "little"] = "big" if big_endian else "little"
     start = file.read(8)
     group, element = (int.from_bytes(start[i : i + 2], order) for i in (0, 2))
     if len(start) < 8 or (group, element) != (0x7FE0, 0x0010):

@@ -13,8 +13,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import BinaryIO
+from dataclasses import dataclass, field
 
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
@@ -27,6 +26,7 @@ from .elements import (
     Attributes,
     Elements,
     Refusal,
+    Source,
     label,
     read_elements,
     size_of,
@@ -69,6 +69,8 @@ _KEPT_FRAMES = 1 << 14
 class Header:
     """What is needed to turn a slice's pixel data into HU and to place it.
 
+    Headers are equal if the same words are the same HU in both.
+
     Attributes:
         values: of the file's header; in an Enhanced image with those of this frame.
         frame: 0-based.
@@ -77,13 +79,13 @@ class Header:
         padding: stored values, both ends included, as 16-bit words.
     """
 
-    values: Attributes
+    values: Attributes = field(compare=False)
     syntax: UID
-    frame: int
-    frames: int
-    offset: int
-    rows: int
-    columns: int
+    frame: int = field(compare=False)
+    frames: int = field(compare=False)
+    offset: int = field(compare=False)
+    rows: int = field(compare=False)
+    columns: int = field(compare=False)
     bits_stored: int
     signed: bool
     slope: float
@@ -101,7 +103,8 @@ class Header:
     @property
     def spacing_mm(self) -> tuple[float, float]:
         """Distance of rows and of columns; NaN where the file does not say."""
-        return self.values.numbers("PixelSpacing") or (math.nan, math.nan)
+        rows, columns = self.values.numbers("PixelSpacing") or (math.nan, math.nan)
+        return rows, columns
 
     @property
     def is_slice(self) -> bool:
@@ -149,8 +152,8 @@ class _Recent:
     sorted first and read later, is parsed once."""
 
     def __init__(self, frames: int):
-        self._frames, self._files, self._lock = frames, {}, threading.Lock()
-        self._count = 0
+        self._frames, self._count, self._lock = frames, 0, threading.Lock()
+        self._files: dict[tuple, tuple[Header, ...]] = {}
 
     def get(self, key: tuple) -> tuple[Header, ...] | None:
         return self._files.get(key)
@@ -166,7 +169,7 @@ class _Recent:
 _recent = _Recent(_KEPT_FRAMES)
 
 
-def read_headers(file: BinaryIO, seen: list[Attributes] | None = None) -> tuple[Header, ...]:
+def read_headers(file: Source, seen: list[Attributes] | None = None) -> tuple[Header, ...]:
     """Parse and validate a CT file up to and including the extent of its pixel data.
 
     Args:
@@ -229,7 +232,7 @@ def _check(elements: Elements) -> tuple[Header, ...]:
         _check_decoder(elements.syntax)
         _check_fragments(elements, (rows, columns), frames)
     else:
-        _check_length(elements, 2 * rows * columns * frames)
+        _check_length(elements, elements.length, 2 * rows * columns * frames)
     return tuple(
         Header(
             values=of_frames[i],
@@ -319,8 +322,8 @@ def _frame_values(values: Attributes, groups: Dataset | None, frames: int) -> li
             f"expected {frames}, the Number of Frames."
         )
     shared = groups.get(SEQUENCES[0])
-    common = values | _group_values(shared[0]) if shared else values
-    return [common | _group_values(item) for item in per_frame]
+    common = values.updated(_group_values(shared[0])) if shared else values
+    return [common.updated(_group_values(item)) for item in per_frame]
 
 
 def _group_values(item: Dataset) -> Attributes:
@@ -333,12 +336,11 @@ def _group_values(item: Dataset) -> Attributes:
     return found
 
 
-def _check_length(elements: Elements, expected: int) -> None:
-    available = size_of(elements.source) - elements.offset
-    if min(elements.length, available) < expected:
+def _check_length(elements: Elements, length: int, expected: int) -> None:
+    available = max(min(length, size_of(elements.source) - elements.offset), 0)
+    if available < expected:
         raise Refusal(
-            f"is truncated: its pixel data has {max(min(elements.length, available), 0)} bytes, "
-            f"its header says {expected}."
+            f"is truncated: its pixel data has {available} bytes, its header says {expected}."
         )
 
 

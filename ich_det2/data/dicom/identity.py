@@ -81,7 +81,7 @@ def group_patients(
         date or sex that of the study; and a warning for each key that was made so.
     """
     keys = [patient_key(identity) for identity in identities]
-    warnings = {}
+    warnings: dict[str, str] = {}
     by_id: dict[str, list[int]] = defaultdict(list)
     for i, identity in enumerate(identities):
         by_id[identity.patient_id].append(i)
@@ -119,9 +119,9 @@ def patient_keys(
     Raises:
         FileNotFoundError, ValueError: as ``read_hu``.
     """
-    paths = [Path(path) for path in paths]
-    keys, warnings = group_patients([_read(path) for path in paths], identify=identify)
-    return dict(zip(paths, keys, strict=True)), sorted(set(warnings.values()))
+    files = [Path(path) for path in paths]
+    keys, warnings = group_patients([_read(path) for path in files], identify=identify)
+    return dict(zip(files, keys, strict=True)), sorted(set(warnings.values()))
 
 
 def read_identity(path: str | os.PathLike) -> tuple[str, str, str]:

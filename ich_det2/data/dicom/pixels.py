@@ -6,16 +6,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from functools import lru_cache
-from typing import BinaryIO, Protocol
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 from pydicom.pixels import get_decoder
 from scipy import ndimage
 
-from .elements import Refusal, inflate
+from .elements import Refusal, Source, inflate
 from .header import Header, naming, read_headers
 from .window import window_image
 
@@ -24,8 +23,6 @@ AIR_HU = -1000.0
 head. It lies below every diagnostic window of the head, so padding is black in each."""
 
 _scratch = threading.local()
-# What a table of grey values does not depend on.
-_ANY_PLACE = {"values": None, "frame": 0, "frames": 1, "offset": 0, "rows": 0, "columns": 0}
 
 
 class Cache(Protocol):
@@ -92,13 +89,12 @@ def read_windowed(
         if words is None or not _is_pointwise(words, header):
             hu = _read_hu(file, header, cache)
             return window_image(hu, windows), header.spacing_mm
-        rescale = replace(header, **_ANY_PLACE)
-        planes = [cv2.LUT(words, table) for table in _grey_tables(rescale, windows)]
+        planes = [cv2.LUT(words, table) for table in _grey_tables(header, windows)]
         image = planes[0] if len(planes) == 1 else cv2.merge(planes)
         return image.reshape(*words.shape, len(planes)), header.spacing_mm
 
 
-def _read_hu(file: BinaryIO, header: Header, cache: Cache | None) -> np.ndarray:
+def _read_hu(file: Source, header: Header, cache: Cache | None) -> np.ndarray:
     if not header.compressed:
         return _to_hu(_read_words(file, header), header)
     if cache is None:
@@ -133,7 +129,7 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
         return header.rows, header.columns
 
 
-def _header(file: BinaryIO, frame: int | None) -> Header:
+def _header(file: Source, frame: int | None) -> Header:
     headers = read_headers(file)
     if frame is None and len(headers) > 1:
         raise Refusal(
@@ -144,7 +140,7 @@ def _header(file: BinaryIO, frame: int | None) -> Header:
     return headers[frame or 0]
 
 
-def _read_words(file: BinaryIO, header: Header) -> np.ndarray:
+def _read_words(file: Source, header: Header) -> np.ndarray:
     """The words of an uncompressed slice as they are in the file, uint16 (H, W).
 
     They lie in memory that this thread uses again for its next slice.
@@ -156,33 +152,28 @@ def _read_words(file: BinaryIO, header: Header) -> np.ndarray:
     words = words[:count]
     file = inflate(file)
     file.seek(header.offset + header.frame * words.nbytes)
-    view, filled = memoryview(words.view(np.uint8)), 0
-    while filled < words.nbytes:
-        read = file.readinto(view[filled:])
-        if not read:
-            raise Refusal(f"is truncated: its pixel data ends after {filled} bytes of a slice.")
-        filled += read
+    if (filled := file.readinto(words.data)) < words.nbytes:
+        raise Refusal(f"is truncated: its pixel data ends after {filled} bytes of a slice.")
     if header.big_endian != (sys.byteorder == "big"):
         words.byteswap(inplace=True)
     return words.reshape(header.rows, header.columns)
 
 
-def _decode(file: BinaryIO, header: Header) -> np.ndarray:
+def _decode(file: Source, header: Header) -> np.ndarray:
     """Stored values of a compressed slice, sized (H, W); int16 or uint16 of Bits Stored."""
+    options: dict[str, Any] = {
+        "number_of_frames": header.frames,
+        "rows": header.rows,
+        "columns": header.columns,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": header.values.text("PhotometricInterpretation"),
+        "bits_allocated": 16,
+        "bits_stored": header.bits_stored,
+        "pixel_representation": int(header.signed),
+        "pixel_keyword": "PixelData",
+    }
     file.seek(header.offset)
-    stored, _ = get_decoder(header.syntax).as_array(
-        file,
-        index=header.frame,
-        number_of_frames=header.frames,
-        rows=header.rows,
-        columns=header.columns,
-        samples_per_pixel=1,
-        photometric_interpretation=header.values.text("PhotometricInterpretation"),
-        bits_allocated=16,
-        bits_stored=header.bits_stored,
-        pixel_representation=int(header.signed),
-        pixel_keyword="PixelData",
-    )
+    stored, _ = get_decoder(header.syntax).as_array(file, index=header.frame, **options)
     if stored.shape != (header.rows, header.columns):
         raise Refusal(
             f"decodes to {stored.shape}, its header says ({header.rows}, {header.columns})."

@@ -199,7 +199,7 @@ def read_series(
         ValueError: ``folder`` is a file.
     """
     skipped: list[tuple[Path, str]] = []
-    files = [read_file(path, any_body_part=any_body_part) for path in walk(folder, skipped)]
+    files = [read_file(path, any_body_part=any_body_part) for path in walk(Path(folder), skipped)]
     skipped += [(file.path, file.fault) for file in files if file.fault]
     files = [file for file in files if not file.fault]
     patients, warnings = group_patients([file.identity for file in files])
@@ -216,7 +216,8 @@ def read_file(path: str | os.PathLike, *, any_body_part: bool = False) -> CTFile
         path: of any file.
         any_body_part: whatever Body Part Examined says.
     """
-    path, seen = Path(path), []
+    path = Path(path)
+    seen: list[Attributes] = []
     try:
         with naming(path), open(path, "rb") as file:
             headers = read_headers(file, seen)
@@ -343,7 +344,7 @@ def _digest(file: CTFile) -> str:
     digest = hashlib.sha256()
     try:
         for entry in file.slices:
-            digest.update(read_hu(file.path, entry.frame))
+            digest.update(read_hu(file.path, entry.frame).tobytes())
     except (ValueError, FileNotFoundError):
         try:
             return sha256(file.path)
@@ -438,7 +439,7 @@ def _count(slices: int) -> str:
 
 
 def _same_place(heights: np.ndarray) -> Iterator[Finding]:
-    pairs = np.flatnonzero(np.diff(heights) <= _SAME_MM)
+    pairs = np.flatnonzero(np.diff(heights) <= _SAME_MM).tolist()
     if len(pairs) > 3:
         i = pairs[0]
         yield Finding(
@@ -450,9 +451,9 @@ def _same_place(heights: np.ndarray) -> Iterator[Finding]:
 
 def _missing(slices: Sequence[CTSlice], heights: np.ndarray) -> Iterator[tuple[Finding, int]]:
     """Gaps between sorted slices, and how many slices each would hold."""
-    ends = np.flatnonzero(np.diff(heights) > _SAME_MM)
+    ends = np.flatnonzero(np.diff(heights) > _SAME_MM).tolist()
     gaps = np.diff(heights)[ends]
-    if not len(gaps):
+    if not ends:
         return
     usual = float(np.median(gaps))
     thickness = np.array([s.header.values.number("SliceThickness") or math.nan for s in slices])
