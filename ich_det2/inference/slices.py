@@ -208,7 +208,8 @@ def find_slices(
     slices = _number_slices(series, sources, patients, context, by_name)
     remove = None if identify else _remover(sources)
     slices, skipped = _rename(slices, sources, patients, remove)
-    return Found(list(slices.values()), skipped, _describe(series, slices, sources, patients, warnings))
+    noticed = _describe(series, slices, sources, patients, warnings)
+    return Found(list(slices.values()), skipped, noticed)
 
 
 def _collect(inputs: Sequence[Path], any_body_part: bool) -> list[_Source]:
