@@ -1,11 +1,14 @@
 """Exams as people have them: no slice is lost in silence, what is odd is said of its patient."""
 
+import json
 import os
 import shutil
 
 import numpy as np
 import pydicom
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydicom.uid import JPEG2000Lossless
 
 from ich_det2 import diagnose
@@ -270,6 +273,8 @@ def test_oddities_lose_no_slice_and_are_noted(write_series, write_raw, look, key
         {"PixelSpacing": None, "SliceThickness": None, "SOPClassUID": None, "PatientID": None},
         {"SeriesInstanceUID": None, "StudyInstanceUID": None},
         {"Modality": None},
+        {"Modality": "ANONYMOUS"},
+        {"Modality": "ct", "SOPClassUID": "1.3.46.670589.5.0.1"},
         {"HighBit": None},
         {"BodyPartExamined": "HEAD\\NECK", "PatientSex": "?", "PatientBirthDate": "unknown"},
         {"RescaleType": "hu"},
@@ -282,6 +287,32 @@ def test_absent_and_broken_attributes_lose_no_slice(write_series, look, attribut
         edit(file, **{k: v for k, v in attributes.items() if k in pydicom.dcmread(file) or v})
     assert sum(p.n_slices for p in look().patients) == 7
     assert not look().skipped
+
+
+KEYWORDS = (
+    "PatientID PatientName StudyInstanceUID SeriesInstanceUID SOPInstanceUID ImagePositionPatient"
+    " ImageOrientationPatient PixelSpacing SliceThickness WindowCenter ImageType BodyPartExamined"
+    " Modality SOPClassUID SpecificCharacterSet PatientBirthDate PatientSex PixelPaddingValue"
+)
+VALUES = ("", "NaN", "0\\0\\0", "1,5", "ANONYMOUS", "\xff\xfe", "1.2.3", "x" * 40, "\\\\", "Inf")
+CHANGE = st.tuples(
+    st.sampled_from(KEYWORDS.split()),
+    st.sampled_from([(2,), (0,), (1, 2), range(4)]),
+    st.sampled_from(VALUES),
+)
+
+
+@given(st.lists(CHANGE, min_size=1, max_size=3))
+def test_whatever_is_broken_no_bleed_is_missed_in_silence(
+    tmp_path, write_series, write_raw, look, changes
+):
+    paths = write_series(bleed_at=2)
+    for keyword, which, text in changes:
+        for i in which:
+            write_raw(paths[i], keyword, text)
+    found = look()
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert any(p.verdict == "positive" or not p.complete for p in found.patients)
 
 
 def test_a_slice_of_unknown_position_is_diagnosed(write_series, look):

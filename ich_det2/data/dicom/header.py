@@ -199,15 +199,16 @@ def read_headers(file: Source, seen: list[Attributes] | None = None) -> tuple[He
 
 def _check(elements: Elements) -> tuple[Header, ...]:
     values = elements.values
-    modality, storage = values.text("Modality"), values.text("SOPClassUID")
-    if modality.upper() not in ("", "CT"):
-        raise Refusal(f"{label('Modality')} is {modality}, expected CT.")
-    if storage and storage not in CT_STORAGE:
-        raise Refusal(f"{label('SOPClassUID')} is {UID(storage).name}, expected CT Image Storage.")
+    if other := find_other_kind(values):
+        raise Refusal(other)
     if elements.length is None:
         raise Refusal("ends without Pixel Data (7FE0,0010): it is truncated or holds no image.")
-    if not modality and not storage:
+    modality, storage = values.text("Modality").upper(), values.text("SOPClassUID")
+    if modality != "CT" and storage not in CT_STORAGE:
         raise Refusal(f"has no {label('Modality')}, expected CT.")
+    for keyword, value in (("Modality", modality), ("SOPClassUID", storage)):
+        if value not in ("", "CT", *CT_STORAGE):
+            values.faults[keyword] = f"is {printable(value)}, expected CT"
 
     frames = int(_integer(values, "NumberOfFrames", 1, MAX_FRAMES)) if _has_frames(values) else 1
     samples = _integer(values, "SamplesPerPixel")
@@ -250,6 +251,17 @@ def _check(elements: Elements) -> tuple[Header, ...]:
         )
         for i in range(frames)
     )
+
+
+def find_other_kind(values: Attributes) -> str:
+    """Says that a file is of another kind than CT; empty if it is, or if what it says means
+    nothing."""
+    modality, storage = values.text("Modality"), UID(values.text("SOPClassUID"))
+    if modality.upper() != "CT" and re.fullmatch("[A-Z]{2,3}|RT[A-Z]+", modality):
+        return f"{label('Modality')} is {modality}, expected CT."
+    if storage not in CT_STORAGE and storage.name != storage:  # one that the standard knows
+        return f"{label('SOPClassUID')} is {storage.name}, expected CT Image Storage."
+    return ""
 
 
 def _required(values: Attributes, keyword: str) -> float:

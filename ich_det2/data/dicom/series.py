@@ -19,7 +19,7 @@ import numpy as np
 from ...files import sha256, walk
 from .body_part import may_be_head
 from .elements import Attributes, label
-from .header import CT_STORAGE, Header, naming, printable, read_headers
+from .header import Header, find_other_kind, naming, printable, read_headers
 from .identity import Identity, group_patients
 from .pixels import read_hu
 
@@ -108,11 +108,7 @@ class CTFile:
     @property
     def may_be_slice(self) -> bool:
         """Whether the header says that there is a slice that may be of the head."""
-        return (
-            not self.excluded
-            and self.values.text("Modality").upper() in ("", "CT")
-            and self.values.text("SOPClassUID") in ("", *CT_STORAGE)
-        )
+        return not self.excluded and not find_other_kind(self.values)
 
 
 @dataclass(frozen=True)
