@@ -503,11 +503,14 @@ def _remover(sources: Iterable[_Source]) -> Callable[[str], str]:
         if len(birth) == 8:
             own |= {f"{birth[:4]}{c}{birth[4:6]}{c}{birth[6:]}" for c in "-._"}
         words |= {word for word in own if len(word) > 1 and not is_placeholder(word)}
-    # Whole words in any case; what is longer goes first. A UID is digits with four points or more.
-    known = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    pattern = r"\d+(?:\.\d+){4,}" + (rf"|(?<![^\W_])(?:{known})(?![^\W_])" if known else "")
-    compiled = re.compile(pattern, re.IGNORECASE)
-    return lambda text: compiled.sub(REMOVED, text)
+    # In any case, what is longer first; short ones as whole words alone. A UID is digits with four
+    # points or more.
+    patterns = [r"\d+(?:\.\d+){4,}"]
+    for word in sorted(words, key=len, reverse=True):
+        known = re.escape(word)
+        patterns.append(known if len(word) > 3 else rf"(?<![^\W_]){known}(?![^\W_])")
+    pattern = re.compile("|".join(patterns), re.IGNORECASE)
+    return lambda text: pattern.sub(REMOVED, text)
 
 
 def _nothing_found(inputs: Sequence[str | os.PathLike], skipped: Sequence[_Source]) -> str:
