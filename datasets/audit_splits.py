@@ -16,40 +16,35 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
+from ich_det2.cli import guard, progress
 from ich_det2.data.audit import find_leaks
-from ich_det2.data.splits import find_images, read_patients
+from ich_det2.data.tree import VocTree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 for clean splits, 1 for leaks, 2 for an error of the user."""
     args = parse_args(argv)
-    console = Console()
-    try:
-        splits = {name: read_list(args.root, name) for name in args.names}
-        images, patients = find_images(args.root), read_patients(args.root)
-        leaks = find_leaks(
-            splits,
-            images,
-            patients,
-            pixels=not args.no_pixels,
-            track=lambda items: track(items, "images", console=Console(stderr=True)),
-        )
-    except (ValueError, OSError) as error:
-        print(f"audit_splits: {error}", file=sys.stderr)
-        return 2
-    total = sum(map(len, splits.values()))
+    return guard("audit_splits.py", lambda: audit(args))
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Look for leaks and print them; returns 1 if there are any."""
+    tree, console = VocTree(args.root), Console()
+    leaks = find_leaks(
+        tree, args.names, pixels=not args.no_pixels, track=lambda items: progress(items, "images")
+    )
     if not leaks:
-        console.print(f"No leak among {total} images in {len(splits)} splits.")
+        total = sum(len(tree.read_list(name)) for name in args.names)
+        console.print(f"No leak among {total} images in {len(args.names)} splits.")
         return 0
     table = Table("what is shared", "splits", "images", "", title=f"{len(leaks)} LEAKS")
     for leak in leaks:
         table.add_row(leak.kind, " / ".join(leak.splits), " / ".join(leak.images), leak.detail)
     console.print(table)
     print(
-        f"audit_splits: {len(leaks)} leaks: scores on these splits are too good; divide anew by "
+        f"audit_splits.py: {len(leaks)} leaks: scores on these splits are too good; divide anew by "
         f"`python datasets/make_splits.py {args.root} --force`, after correcting patients.csv.",
         file=sys.stderr,
     )
@@ -71,18 +66,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-pixels", action="store_true", help="do not compare the images")
     return parser.parse_args(argv)
-
-
-def read_list(root: Path, name: str) -> list[str]:
-    """The image ids of a split.
-
-    Raises:
-        FileNotFoundError: there is no such list.
-    """
-    path = root / "ImageSets" / "Main" / f"{name}.txt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list; see --names.")
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
 
 
 if __name__ == "__main__":

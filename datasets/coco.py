@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from ich_det2.data.prepare import progress
-from ich_det2.data.splits import find_images, read_patients
+from ich_det2.cli import guard, progress, warn
+from ich_det2.data.tree import VocTree, fit_id, image_size, read_text
 from ich_det2.data.tree_writer import VocWriter
-from ich_det2.data.voc import read_voc
 from ich_det2.files import write_atomically
+
+XYXY_ABS, XYWH_ABS = 0, 1
+"""Of Detectron2's BoxMode; COCO's own is the latter."""
 
 
 def main(argv=None) -> int:
@@ -37,81 +38,146 @@ def main(argv=None) -> int:
     to_coco.add_argument("split", help="list in ImageSets/Main")
     to_coco.add_argument("--output", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "import":
-            import_coco(args.json, args.images, args.output)
-        else:
-            export_coco(args.root, args.split, args.output)
-    except (ValueError, OSError) as error:
-        print(f"coco: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.command == "import":
+        return guard(
+            "coco.py",
+            lambda: import_coco(args.json, args.images, args.output),
+            interrupted="the same command goes on from here.",
+        )
+    return guard("coco.py", lambda: export_coco(args.root, args.split, args.output))
 
 
 def import_coco(path: Path, folder: Path, output: Path) -> None:
     """Write a VOC tree.
 
     Raises:
-        ValueError: naming the file, if it is no COCO JSON or names an image outside the folder.
+        ValueError: naming the file, if it is no COCO JSON, names an image twice or outside the
+            folder, or holds boxes of images or categories that are not in it or are no pixels.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        names = {c["id"]: str(c["name"]).strip() for c in content["categories"]}
-        boxes: dict[int, list] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            x, y, w, h = map(float, annotation["bbox"])
-            box = (x, y, x + w, y + h)
-            boxes[annotation["image_id"]].append((names[annotation["category_id"]], box))
-        images = [
-            (i, str(i["file_name"]), int(i["height"]), int(i["width"])) for i in content["images"]
-        ]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not COCO JSON of boxes ({error!r}).") from error
+    images, boxes = read_coco(path)
     root = folder.resolve()
     with VocWriter(output, database="coco") as tree:
-        for image, name, height, width in progress(images, "images"):
+        for image in progress(images, "images"):
+            name = str(image["file_name"]).replace("\\", "/")
             source = (root / name).resolve()
             if not source.is_relative_to(root) or not source.is_file():
                 raise ValueError(f"{path}: the image '{name}' is not in {folder}.")
-            identifier = re.sub(r"[^\w.-]", "_", source.stem)
-            if tree.wants(identifier, boxes[image["id"]]):
-                tree.add(
-                    identifier,
-                    source,
-                    boxes[image["id"]],
-                    size=(height, width),
-                    patient=str(image.get("patient_id", identifier)),
+            identifier = fit_id(source.stem)
+            objects = boxes[image["id"]]
+            if not tree.wants(identifier, objects):
+                continue
+            size = image_size(source)
+            if size != (image["height"], image["width"]):
+                raise ValueError(
+                    f"{source}: is {size[1]} x {size[0]} pixels, {path.name} says"
+                    f" {image['width']} x {image['height']}; the boxes are of another image."
                 )
-        print(f"{output}: {len(tree)} images")
+            patient = str(image.get("patient_id") or identifier)
+            tree.add(identifier, source, objects, size=size, patient=patient)
+        if tree.dropped:
+            warn(
+                f"{tree.dropped.total()} boxes were dropped; an image that lost all of its boxes"
+                " is labelled as bleeding in labels.csv."
+            )
+        if not tree.counts["boxes"]:
+            warn("no image has a box: there is nothing to learn from; check the source.")
+        print(f"{output}: {tree.summary()}")
+
+
+def read_coco(path: Path) -> tuple[list[dict], dict[object, list]]:
+    """The images of COCO JSON, and names and boxes (x0, y0, x1, y1) by image id.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        content = json.loads(read_text(path))
+        names = unique(path, content["categories"], "category", lambda c: str(c["name"]).strip())
+        images = unique(path, content["images"], "image", dict)
+        for image in images.values():
+            image["file_name"], image["height"], image["width"] = (
+                str(image["file_name"]), int(image["height"]), int(image["width"]),
+            )  # fmt: skip
+        annotations = content["annotations"]
+        unique(path, [a for a in annotations if "id" in a], "annotation", dict)
+        boxes: dict[object, list] = {image: [] for image in images}
+        for a in annotations:
+            if a["image_id"] not in images or a["category_id"] not in names:
+                raise ValueError(
+                    f"the annotation {a.get('id')} is of image {a['image_id']} and category"
+                    f" {a['category_id']}, of which one is not in the file"
+                )
+            boxes[a["image_id"]].append((names[a["category_id"]], box_of(a)))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        lacking = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: is not COCO JSON of boxes ({lacking}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is not COCO JSON of boxes: {error}.") from error
+    corners = [value for objects in boxes.values() for _, box in objects for value in box]
+    if corners and max(corners) <= 1:
+        raise ValueError(
+            f"{path}: no box reaches beyond 1, so they seem to be fractions of the image; expected"
+            " pixels: multiply x and width by the image's width, y and height by its height."
+        )
+    crowds = sum(bool(a.get("iscrowd")) for a in annotations)
+    if crowds:
+        warn(f"{crowds} boxes are around crowds (iscrowd 1); each is taken as one box.")
+    return list(images.values()), boxes
+
+
+def unique(path: Path, entries: list, what: str, value: Callable) -> dict:
+    """Values by id.
+
+    Raises:
+        ValueError: two entries have one id.
+    """
+    found = {}
+    for entry in entries:
+        if entry["id"] in found:
+            raise ValueError(
+                f"two entries have the {what} id {entry['id']!r}, as when exports are merged; give"
+                " each an id of its own"
+            )
+        found[entry["id"]] = value(entry)
+    return found
+
+
+def box_of(annotation: dict) -> tuple[float, float, float, float]:
+    """The box as (x0, y0, x1, y1); Detectron2's "bbox_mode" is heeded."""
+    x, y, a, b = map(float, annotation["bbox"])
+    mode = int(annotation.get("bbox_mode", XYWH_ABS))
+    if mode not in (XYXY_ABS, XYWH_ABS):
+        raise ValueError(f"bbox_mode is {mode}, expected 0 (XYXY_ABS) or 1 (XYWH_ABS)")
+    return (x, y, a, b) if mode == XYXY_ABS else (x, y, x + a, y + b)
 
 
 def export_coco(root: Path, split: str, output: Path) -> None:
-    """Write a list of a VOC tree as COCO JSON; boxes as x, y, width, height from 0."""
-    listed = root / "ImageSets" / "Main" / f"{split}.txt"
-    if not listed.is_file():
-        raise FileNotFoundError(f"{listed}: no such list.")
-    files, patients = find_images(root), read_patients(root)
-    images, annotations, categories = [], [], {}
-    for number, name in enumerate(listed.read_text().split(), start=1):
-        voc = read_voc(root / "Annotations" / f"{name}.xml")
-        if name not in files or voc.width is None or voc.height is None:
-            raise ValueError(f"{voc.path}: has no size or no image.")
+    """Write a list of a VOC tree as COCO JSON; boxes as x, y, width, height from 0.
+
+    The ids of categories are those of all names in the tree, so that lists agree on them.
+    """
+    tree = VocTree(root)
+    names = sorted(set().union(*tree.types.values()))
+    categories = {name: i for i, name in enumerate(names, start=1)}
+    images, annotations = [], []
+    for number, name in enumerate(tree.read_list(split), start=1):
+        height, width = tree.size(name)
         images.append(
             {
                 "id": number,
-                "file_name": files[name].relative_to(root).as_posix(),
-                "height": voc.height,
-                "width": voc.width,
-                **({"patient_id": patients[name][0]} if name in patients else {}),
+                "file_name": tree.images[name].relative_to(root).as_posix(),
+                "height": height,
+                "width": width,
+                **({"patient_id": tree.patients[name][0]} if name in tree.patients else {}),
             }
         )
-        for obj in voc.objects:
+        for obj in tree.annotation(name).objects:
             x0, y0, x1, y1 = obj.box
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": categories.setdefault(obj.name, len(categories) + 1),
+                    "category_id": categories[obj.name],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "area": (x1 - x0) * (y1 - y0),
                     "iscrowd": 0,
@@ -124,6 +190,8 @@ def export_coco(root: Path, split: str, output: Path) -> None:
     }
     with write_atomically(output) as file:
         json.dump(content, file)
+    positive = len({a["image_id"] for a in annotations})
+    print(f"{output}: {len(images)} images, {positive} with boxes, {len(annotations)} boxes")
 
 
 if __name__ == "__main__":

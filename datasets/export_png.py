@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
-
+from ich_det2.cli import guard, progress, warn
 from ich_det2.data.dicom import read_identity, read_series, read_windowed
-from ich_det2.data.prepare import progress, warn
+from ich_det2.data.pictures import write_picture
 from ich_det2.data.tree_writer import pseudonym
 from ich_det2.files import remove_leftovers, write_atomically
 
@@ -39,12 +37,11 @@ def main(argv=None) -> int:
         "--window", type=float, nargs=2, default=(50, 100), metavar=("LEVEL", "WIDTH"), help="HU"
     )
     args = parser.parse_args(argv)
-    try:
-        export(args.source, args.output, tuple(args.window))
-    except (ValueError, OSError) as error:
-        print(f"export_png: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guard(
+        "export_png.py",
+        lambda: export(args.source, args.output, tuple(args.window)),
+        interrupted="the same command goes on from here.",
+    )
 
 
 def export(source: Path, output: Path, window: tuple[float, float]) -> None:
@@ -77,11 +74,10 @@ def export(source: Path, output: Path, window: tuple[float, float]) -> None:
     for name, path in progress(paths.items(), "pictures"):
         if not (output / f"{name}.png").exists():
             grey, _ = read_windowed(path, [window])
-            with write_atomically(output / f"{name}.png", "wb") as file:
-                Image.fromarray(grey[..., 0]).save(file, format="PNG")
+            write_picture(output / f"{name}.png", grey[..., 0])
     if skipped:
         warn(f"{len(skipped)} files are no CT slices; the first: {skipped[0][1]}")
-    print(f"{output}: {len(index)} pictures")
+    print(f"{output}: {len(index)} pictures; ignored: {len(skipped)} files")
 
 
 if __name__ == "__main__":

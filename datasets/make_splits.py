@@ -17,9 +17,6 @@ datasets/audit_splits.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,16 +25,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ich_det2.data.dicom import read_identity
-from ich_det2.data.splits import (
-    find_images,
-    read_patients,
-    split_by_group,
-    split_by_image,
-    split_stratified,
-)
-from ich_det2.data.voc import read_voc
-from ich_det2.files import write_atomically
+from ich_det2.cli import guard
+from ich_det2.data.splits import make_folds, split_by_group, split_by_image, split_stratified
+from ich_det2.data.tree import VocTree
 
 Patients = dict[str, tuple[str, str]]
 
@@ -45,12 +35,7 @@ Patients = dict[str, tuple[str, str]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, 2 for an error of the user."""
     args = parse_args(argv)
-    try:
-        make_splits(args)
-    except (ValueError, OSError) as error:
-        print(f"make_splits: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guard("make_splits.py", lambda: make_splits(args))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -103,12 +88,9 @@ def make_splits(args: argparse.Namespace) -> None:
         FileNotFoundError: no tree, images or annotations.
         ValueError: wrong arguments or files, unknown patients, or splits that would be replaced.
     """
-    if args.folds is not None:
-        if args.folds < 2:
-            raise ValueError(f"--folds is {args.folds}, expected at least 2.")
-        args.ratios = [1 / args.folds] * args.folds
-        args.names = [f"fold{i}_val" for i in range(args.folds)]
-    if len(args.names) != len(args.ratios):
+    if args.folds is not None and args.folds < 2:
+        raise ValueError(f"--folds is {args.folds}, expected at least 2.")
+    if args.folds is None and len(args.names) != len(args.ratios):
         raise ValueError(
             f"--ratios has {len(args.ratios)} values and --names {len(args.names)}, expected as "
             "many of both."
@@ -117,88 +99,68 @@ def make_splits(args: argparse.Namespace) -> None:
         if not re.fullmatch(r"\w[\w.-]*", name) or args.names.count(name) > 1:
             raise ValueError(f"--names has '{name}', expected different names without folders.")
 
-    files = find_images(args.root)
-    types = read_types(args.root, files)
-    positive = {image: bool(names) for image, names in types.items()}
-    patients, new_patients = find_patients(args.root, files, required=args.by == "patient")
-    images = list(files)
-    labels = [positive[image] for image in images]
-    if args.by == "patient":
-        groups = [patients[image][0] for image in images]
-        wanted = sum(ratio > 0 for ratio in args.ratios)
-        if len(set(groups)) < wanted:
-            raise ValueError(
-                f"{args.root}: has images of {len(set(groups))} patient(s) for {wanted} splits, "
-                "expected at least one patient each; see the patients in patients.csv or in the "
-                "DICOM headers."
-            )
-        if args.stratify == "type":
-            parts = split_stratified(groups, list(types.values()), args.ratios, seed=args.seed)
-        else:
-            parts = split_by_group(groups, args.ratios, stratify=labels, seed=args.seed)
-    else:
-        parts = split_by_image(images, args.ratios, stratify=labels, seed=args.seed)
-    splits = {name: [images[i] for i in part] for name, part in zip(args.names, parts, strict=True)}
-    lists = dict(splits)
-    for name in splits if args.folds else ():
-        held = set(splits[name])
-        lists[name.replace("_val", "_train")] = [image for image in images if image not in held]
-
-    write_splits(
-        args.root,
+    tree = VocTree(args.root)
+    images, types = list(tree.images), list(tree.types.values())
+    patients, new_patients = find_patients(tree, required=args.by == "patient")
+    groups = images if args.by == "image" else [patients[image][0] for image in images]
+    wanted = args.folds or sum(ratio > 0 for ratio in args.ratios)
+    if args.by == "patient" and len(set(groups)) < wanted:
+        raise ValueError(
+            f"{args.root}: has images of {len(set(groups))} patient(s) for {wanted} splits, "
+            "expected at least one patient each; see the patients in patients.csv or in the "
+            "DICOM headers."
+        )
+    lists = {name: [images[i] for i in part] for name, part in divide(args, groups, types).items()}
+    held_out = {n: ids for n, ids in lists.items() if not (args.folds and n.endswith("_train"))}
+    tree.write_lists(
         lists,
-        patients if new_patients and args.by == "patient" else None,
+        patients=patients if new_patients and args.by == "patient" else None,
         force=args.force,
     )
-    report(splits, positive, patients)
+    report(held_out, {image: bool(shown) for image, shown in tree.types.items()}, patients)
     if args.by == "image":
-        warn_of_leakage(splits, patients)
+        warn_of_leakage(held_out, patients)
 
 
-def read_types(root: Path, images: Mapping[str, Path]) -> dict[str, set[str]]:
-    """The names of the objects in each image's annotation."""
-    types = {}
-    for image in images:
-        path = root / "Annotations" / f"{image}.xml"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: the image {image} has no annotation; a healthy slice needs one too, "
-                "without objects."
-            )
-        types[image] = {obj.name for obj in read_voc(path).objects}
-    return types
+def divide(args: argparse.Namespace, groups: Sequence[str], types: Sequence) -> dict[str, Sequence]:
+    """Indices of the images of each list."""
+    positive = [bool(shown) for shown in types]
+    coarse = [{"hemorrhage"} if p else set() for p in positive]
+    if args.folds is not None:
+        fine = args.by == "patient" and args.stratify == "type"
+        return make_folds(groups, types if fine else coarse, args.folds, seed=args.seed)
+    if args.by == "image":
+        parts = split_by_image(groups, args.ratios, stratify=positive, seed=args.seed)
+    elif args.stratify == "type":
+        parts = split_stratified(groups, types, args.ratios, seed=args.seed)
+    else:
+        parts = split_by_group(groups, args.ratios, stratify=positive, seed=args.seed)
+    return dict(zip(args.names, parts, strict=True))
 
 
-def find_patients(
-    root: Path, images: Mapping[str, Path], *, required: bool
-) -> tuple[Patients, bool]:
+def find_patients(tree: VocTree, *, required: bool) -> tuple[Patients, bool]:
     """Patient and study of the images, from ``patients.csv`` or else from the DICOM headers.
 
     Returns:
         The patients, and whether they are new: pseudonyms out of headers. If not ``required``,
         images whose patient nobody knows are left out.
     """
-    if (root / "patients.csv").exists():
-        patients = read_patients(root)
-        known = {image: patients[image] for image in images if image in patients}
-        if required and len(known) < len(images):
-            lacking = sorted(set(images) - set(known))
+    if tree.has_patients:
+        if required and (lacking := sorted(tree.images.keys() - tree.patients.keys())):
             raise ValueError(
-                f"{root / 'patients.csv'}: lacks {len(lacking)} of {len(images)} images, "
+                f"{tree.root / 'patients.csv'}: lacks {len(lacking)} of {len(tree.images)} images, "
                 f"'{lacking[0]}' for one; add a line for each."
             )
-        return known, False
-
+        return tree.patients, False
     identities = {}
-    for image, path in images.items():
-        header = read_identity(path) if path.suffix.lower() == ".dcm" else ("", "", "")
-        patient, study, _ = header
-        if patient:
-            identities[image] = (patient, study)
+    for image, path in tree.images.items():
+        patient, study, _ = tree.header(image)
+        if patient:  # or the study, where people of different names share a Patient ID
+            identities[image] = (tree.header_patients[image], study)
         elif required:
             raise ValueError(
-                f"{path}: does not say whose image it is; write {root / 'patients.csv'} with the "
-                "header image,patient and a line for each image."
+                f"{path}: does not say whose image it is; write {tree.root / 'patients.csv'} with "
+                "the header image,patient and a line for each image."
             )
     return pseudonymise(identities), True
 
@@ -213,30 +175,6 @@ def pseudonymise(identities: Patients) -> Patients:
         study = studies.setdefault(identity, f"S{len(studies) + 1:04d}")
         result[image] = (patient, study)
     return result
-
-
-def write_splits(
-    root: Path, splits: Mapping[str, Sequence[str]], patients: Patients | None, *, force: bool
-) -> None:
-    """Write a list for each split and, if given, ``patients.csv``: all of them or none."""
-    folder = root / "ImageSets" / "Main"
-    texts = {folder / f"{name}.txt": "\n".join([*ids, ""]) for name, ids in splits.items()}
-    for path, text in texts.items():
-        if path.exists() and not force:
-            present = path.read_text(encoding="utf-8", errors="replace")
-            if sorted(present.split()) != sorted(text.split()):
-                raise ValueError(f"{path}: holds another split; replace it with --force.")
-    if patients is not None:
-        table = io.StringIO()
-        rows = [(image, *value) for image, value in sorted(patients.items())]
-        csv.writer(table, lineterminator="\n").writerows([("image", "patient", "study"), *rows])
-        texts[root / "patients.csv"] = table.getvalue()
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        for path, text in texts.items():
-            file = stack.enter_context(write_atomically(path))
-            file.write(text)
-            file.flush()  # a full disk shows here, before the first file takes its place
 
 
 def report(

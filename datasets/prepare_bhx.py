@@ -13,14 +13,15 @@ hemorrhage are taken as healthy.
 from __future__ import annotations
 
 import ast
-import csv
 import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from ich_det2.cli import progress, warn
 from ich_det2.data.dicom import read_identity, read_series, read_size
-from ich_det2.data.prepare import progress, run_preparer, warn
+from ich_det2.data.prepare import run_preparer
+from ich_det2.data.tree import read_table
 from ich_det2.data.tree_writer import pseudonym
 
 NAMES = {
@@ -32,6 +33,8 @@ NAMES = {
     "Chronic": "Chronic",
 }
 """BHX's labelName, and the object's name in the annotation."""
+
+NEEDED = ("SOPInstanceUID", "data", "labelName", "labelType")
 
 
 def main(argv=None) -> int:
@@ -93,11 +96,14 @@ def prepare(args, tree) -> None:
             )
     if frames:
         warn(f"{frames} series are multi-frame files and were left out; export one slice a file.")
+        tree.ignored["series of multi-frame files"] += frames
     if skipped:
         reasons = Counter(reason for _, reason in skipped).most_common(3)
         warn(f"{len(skipped)} files are no CT slices, mostly: {'; '.join(r for r, _ in reasons)}")
+        tree.ignored["files that are no CT slices"] += len(skipped)
     if missing := len(boxes.keys() - found):
         warn(f"{missing} of {len(boxes)} slices with boxes are not among the {taken} series taken.")
+        tree.ignored["slices with boxes that are not in the series taken"] += missing
 
 
 def read_boxes(path: Path, label_types):
@@ -106,32 +112,23 @@ def read_boxes(path: Path, label_types):
     Raises:
         ValueError: naming file and line, if a row is not BHX's.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        needed = {"SOPInstanceUID", "data", "labelName", "labelType"}
-        if not needed <= set(rows.fieldnames or ()):
+    for line, row in read_table(path, NEEDED, fold=str):
+        if label_types and row["labelType"] not in label_types:
+            continue
+        where = f"{path}, line {line}"
+        try:
+            data = ast.literal_eval(row["data"])
+            x, y, w, h = (float(data[key]) for key in ("x", "y", "width", "height"))
+        except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
+            raise ValueError(f"{where}: data is {row['data'][:60]!r}, expected a box.") from None
+        if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
+            raise ValueError(f"{where}: the box {row['data'][:60]} is empty.")
+        name = NAMES.get(row["labelName"])
+        if name is None:
             raise ValueError(
-                f"{path}: lacks the columns {sorted(needed)}; expected a table of BHX."
+                f"{where}: labelName is {row['labelName']!r}, expected one of {list(NAMES)}."
             )
-        for row in rows:
-            if label_types and row["labelType"] not in label_types:
-                continue
-            where = f"{path}, line {rows.line_num}"
-            try:
-                data = ast.literal_eval(row["data"])
-                x, y, w, h = (float(data[key]) for key in ("x", "y", "width", "height"))
-            except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
-                raise ValueError(
-                    f"{where}: data is {row['data'][:60]!r}, expected a box."
-                ) from None
-            if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
-                raise ValueError(f"{where}: the box {row['data'][:60]} is empty.")
-            name = NAMES.get(row["labelName"])
-            if name is None:
-                raise ValueError(
-                    f"{where}: labelName is {row['labelName']!r}, expected one of {list(NAMES)}."
-                )
-            yield row["SOPInstanceUID"].strip(), (name, (x, y, x + w, y + h), row["labelType"])
+        yield row["SOPInstanceUID"], (name, (x, y, x + w, y + h), row["labelType"])
 
 
 def number_of(patient_id: str) -> str:
@@ -142,12 +139,9 @@ def number_of(patient_id: str) -> str:
 
 def read_healthy(path: Path) -> set[str]:
     """Numbers of the studies that all readers called free of hemorrhage."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        readers = [f for f in rows.fieldnames or () if re.fullmatch(r"R\d:ICH", f)]
-        if "name" not in (rows.fieldnames or ()) or not readers:
-            raise ValueError(f"{path}: lacks the columns name and R1:ICH; expected reads.csv.")
-        return {number_of(r["name"]) for r in rows if all(r[f].strip() == "0" for f in readers)}
+    rows = [row for _, row in read_table(path, ("name", "R1:ICH"), fold=str)]
+    readers = [column for column in rows[0] if re.fullmatch(r"R\d:ICH", column)] if rows else []
+    return {number_of(row["name"]) for row in rows if all(row[r] == "0" for r in readers)}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ slice's diagnosis, and "hemorrhage" where that names several.
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
+from ich_det2.cli import progress, warn
 from ich_det2.data.dicom.writing import encode_ct
-from ich_det2.data.prepare import progress, run_preparer, warn
+from ich_det2.data.prepare import run_preparer
+from ich_det2.data.tree import read_table
 from ich_det2.data.tree_writer import boxes_of_mask
 from ich_det2.data.volumes import read_with_mask
+from ich_det2.files import walk
 
 DIAGNOSES = "hemorrhage_diagnosis_raw_ct.csv"
 TYPES = {
@@ -43,13 +45,14 @@ def add_options(parser) -> None:
 
 def prepare(args, tree) -> None:
     diagnoses = read_diagnoses(args.source / DIAGNOSES)
-    disagree = 0
-    scans = sorted((args.source / "ct_scans").glob("*.nii*"))
+    disagree, guessed = 0, []
+    scans = [p for p in walk(args.source / "ct_scans") if ".nii" in p.name.lower()]
     for path in progress(scans, "scans"):
         patient = path.name.split(".")[0]
         if all(f"{patient}_{number:02d}" in tree for number in diagnoses.get(patient, [-1])):
             continue
         scan, mask = read_with_mask(path, args.source / "masks" / path.name)
+        guessed += [f"{path.name}: {scan.guessed}"] if scan.guessed else []
         depth, rows, columns = scan.spacing_mm
         for i, hu in enumerate(scan.slices):
             number = i + 1
@@ -64,6 +67,8 @@ def prepare(args, tree) -> None:
                 hu, name=name, series=patient, height_mm=i * depth, spacing_mm=(rows, columns)
             )
             tree.add(name, content, objects, size=hu.shape, patient=patient, position_mm=i * depth)
+    if guessed:
+        warn(f"the orientation of {len(guessed)} volumes is a guess ({guessed[0]}).")
     if disagree:
         warn(f"on {disagree} slices mask and diagnosis disagree; the mask was followed.")
 
@@ -75,17 +80,13 @@ def read_diagnoses(path: Path) -> dict[str, dict[int, set[str]]]:
         ValueError: naming the file, if it is not the diagnosis table.
     """
     diagnoses: dict[str, dict[int, set[str]]] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"PatientNumber", "SliceNumber", *TYPES} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: lacks PatientNumber, SliceNumber or one of {list(TYPES)}.")
-        for row in rows:
-            try:
-                patient, number = f"{int(row['PatientNumber']):03d}", int(row["SliceNumber"])
-                types = {short for name, short in TYPES.items() if int(row[name] or 0)}
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}, line {rows.line_num}: expected whole numbers.") from None
-            diagnoses.setdefault(patient, {})[number] = types
+    for line, row in read_table(path, ("PatientNumber", "SliceNumber", *TYPES), fold=str):
+        try:
+            patient, number = f"{int(row['PatientNumber']):03d}", int(row["SliceNumber"])
+            types = {short for name, short in TYPES.items() if int(row[name] or 0)}
+        except ValueError:
+            raise ValueError(f"{path}, line {line}: expected whole numbers.") from None
+        diagnoses.setdefault(patient, {})[number] = types
     return diagnoses
 
 

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
-
-from ich_det2.data.dicom import read_identity, read_place, read_series, read_size
-from ich_det2.data.prepare import progress, run_preparer, warn
+from ich_det2.cli import progress, warn
+from ich_det2.data.dicom import is_dicom, read_identity, read_place, read_series
+from ich_det2.data.pictures import PICTURE_SUFFIXES, is_picture
+from ich_det2.data.prepare import run_preparer
+from ich_det2.data.tree import fit_id, image_size, plain
 from ich_det2.data.tree_writer import pseudonym
 from ich_det2.data.voc import read_voc
+from ich_det2.files import walk
 
-SUFFIXES = (".dcm", ".png", ".jpg", ".jpeg")
+INDEX = "export.json"
 
 
 def main(argv=None) -> int:
@@ -36,27 +37,25 @@ def add_options(parser) -> None:
 
 
 def prepare(args, tree) -> None:
-    paths = sorted(args.source.rglob("*"))
-    annotations = by_stem(p for p in paths if p.suffix.lower() == ".xml")
-    images = by_stem(p for p in paths if p.suffix.lower() in SUFFIXES)
-    slices = find_exported(args.source / "export.json", args.dicom) if args.dicom else {}
+    paths = walk(args.source)
+    annotations = by_name(p for p in paths if p.suffix.lower() == ".xml")
+    images = by_name(p for p in paths if is_picture(p) or is_dicom(p))
+    slices = find_exported(args.source / INDEX, args.dicom) if args.dicom else {}
     if stray := sorted(annotations.keys() - images.keys()):
         warn(f"{len(stray)} XML without an image, '{stray[0]}' for one, were left out.")
+        tree.ignored["XML without an image"] += len(stray)
     for name, path in progress(images.items(), "images"):
-        identifier = re.sub(r"[^\w.-]", "_", name)
         if name not in annotations and not args.healthy:
+            tree.ignored["images without an XML (--healthy takes them)"] += 1
             continue
         voc = read_voc(annotations[name]) if name in annotations else None
         objects = [(obj.name, obj.box) for obj in voc.objects] if voc else []
-        if not tree.wants(identifier, objects):
+        if not tree.wants(fit_id(name), objects):
             continue
         path = slices.get(name, path)
         patient, study, series, position = name, "", "", None
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            with Image.open(path) as image:
-                size = image.size[::-1]
-        else:
-            size = read_size(path)
+        size = image_size(path)
+        if not is_picture(path):
             patient, study, _ = read_identity(path)
             series, position = read_place(path)
             patient, study = patient or study or name, study or patient or name
@@ -68,7 +67,7 @@ def prepare(args, tree) -> None:
                 f"{size[1]} x {size[0]}."
             )
         tree.add(
-            identifier,
+            fit_id(name),
             path,
             objects,
             size=size,
@@ -79,16 +78,18 @@ def prepare(args, tree) -> None:
         )
 
 
-def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Files by stem.
+def by_name(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by name without a suffix of an image or XML; the end of a UID is no suffix.
 
     Raises:
-        ValueError: naming two files of one stem, of which one would be lost.
+        ValueError: naming two files of one name, of which one would be lost.
     """
     found: dict[str, Path] = {}
     for path in paths:
-        if found.setdefault(path.stem, path) != path:
-            raise ValueError(f"{path}: has the name of {found[path.stem]}; rename one.")
+        known = path.suffix.lower() in (".xml", ".dcm", ".ima", *PICTURE_SUFFIXES)
+        name = plain(path.stem if known else path.name)
+        if found.setdefault(name, path) != path:
+            raise ValueError(f"{path}: has the name of {found[name]}; rename one.")
     return found
 
 

@@ -16,12 +16,18 @@ import argparse
 import re
 
 import numpy as np
-from PIL import Image
 
+from ich_det2.cli import progress, warn
 from ich_det2.data.dicom.writing import encode_ct
-from ich_det2.data.prepare import progress, run_preparer
+from ich_det2.data.pictures import read_mask_picture, read_picture
+from ich_det2.data.prepare import run_preparer
+from ich_det2.data.tree import fit_id
 from ich_det2.data.tree_writer import boxes_of_mask
 from ich_det2.data.volumes import read_with_mask
+from ich_det2.files import walk
+
+BACKGROUND = "-"
+"""As the name of a class: what is no bleed."""
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
@@ -38,7 +44,8 @@ def add_options(parser) -> None:
         nargs="+",
         type=parse_class,
         metavar="VALUE=NAME",
-        help="value or colour (rrggbb) of each class (default: all that is not 0 is hemorrhage)",
+        help="value or colour (rrggbb) of each class, VALUE=- for one that is background"
+        " (default: all that is not 0 is hemorrhage)",
     )
     parser.add_argument("--min-pixels", type=int, default=4, help="smaller parts are left out")
     parser.add_argument(
@@ -50,13 +57,17 @@ def add_options(parser) -> None:
     )
 
 
+class Colour(int):
+    """A value that is 0xRRGGBB."""
+
+
 def parse_class(text: str) -> tuple[int, str]:
-    """ "2=IPH" or "00ff00=IPH" as value and name; a colour is its 24 bits, over 0xFF."""
+    """ "2=IPH" or "00ff00=IPH" as value and name; a colour is its 24 bits."""
     value, _, name = text.partition("=")
     colour = re.fullmatch(r"#?([0-9a-fA-F]{6})", value)
     if not name or not (colour or value.isdigit()):
         raise argparse.ArgumentTypeError(f"'{text}': expected VALUE=NAME or rrggbb=NAME")
-    return (int(colour[1], 16) if colour else int(value)), name.strip()
+    return (Colour(colour[1], 16) if colour else int(value)), name.strip()
 
 
 def parse_pattern(text: str) -> re.Pattern:
@@ -71,23 +82,24 @@ def parse_pattern(text: str) -> re.Pattern:
 
 
 def prepare(args, tree) -> None:
-    names = dict(args.classes) if args.classes else None
-    name_of = (lambda value: "hemorrhage") if names is None else names.get
+    names = dict(args.classes or ())
     images, masks = find(args.source / args.images), find(args.source / args.masks)
     if missing := sorted(images.keys() ^ masks.keys()):
         raise ValueError(
             f"{args.source}: '{missing[0]}' and {len(missing) - 1} more have an image or a mask "
             "alone; expected the same names in both folders."
         )
+    guessed = []
     for name, path in progress(images.items(), "images"):
-        identifier = re.sub(r"[^\w.-]", "_", name)
+        identifier = fit_id(name)
         if path.suffix.lower() in PICTURES:
-            mask = read_mask(masks[name], colours=bool(names) and max(names) > 0xFF)
-            objects = boxes_of_mask(mask, name_of, min_pixels=args.min_pixels)
+            # Without classes any colour is a bleed; a black background is 0 in both.
+            mask = read_mask_picture(masks[name], colours=not names or in_colours(names))
+            check_values(mask, names, masks[name], tree)
+            objects = boxes(mask, names, args)
             if not tree.wants(identifier, objects):
                 continue
-            with Image.open(path) as image:
-                grey = np.asarray(image.convert("L"))
+            grey = read_picture(path)
             if grey.shape != mask.shape:
                 raise ValueError(
                     f"{path}: is {grey.shape}, its mask {mask.shape}; expected the same size."
@@ -97,10 +109,12 @@ def prepare(args, tree) -> None:
             tree.add(identifier, grey, objects, size=grey.shape, patient=patient)
             continue
         scan, mask = read_with_mask(path, masks[name])
+        guessed += [f"{path.name}: {scan.guessed}"] if scan.guessed else []
+        check_values(mask, names, masks[name], tree)
         depth, rows, columns = scan.spacing_mm
         for i, hu in enumerate(scan.slices):
             image_id = f"{identifier}_{i:03d}"
-            objects = boxes_of_mask(mask[i], name_of, min_pixels=args.min_pixels)
+            objects = boxes(mask[i], names, args)
             if not tree.wants(image_id, objects):
                 continue
             height = i * depth
@@ -110,13 +124,52 @@ def prepare(args, tree) -> None:
             tree.add(
                 image_id, content, objects, size=hu.shape, patient=identifier, position_mm=height
             )
+    if ignored := sum(tree.ignored.values()):
+        warn(f"{ignored} times a mask has a value of no class, which is taken for background.")
+    if guessed:
+        warn(
+            f"the orientation of {len(guessed)} volumes is a guess ({guessed[0]}); look at the"
+            " slices by tools/inspect_data.py."
+        )
+
+
+def boxes(mask: np.ndarray, names: dict[int, str], args) -> list:
+    """The objects of a mask (H, W): by class, or one kind where no classes are given."""
+    known = {value: None if name == BACKGROUND else name for value, name in names.items()}
+    name_of = known.get if names else lambda value: "hemorrhage"
+    return boxes_of_mask(mask, name_of, min_pixels=args.min_pixels)
+
+
+def in_colours(names: dict[int, str]) -> bool:
+    """Whether classes are colours; a mask has those or values."""
+    return any(isinstance(value, Colour) for value in names)
+
+
+def check_values(mask: np.ndarray, names: dict[int, str], path, tree) -> None:
+    """Counts values that --classes does not name.
+
+    Raises:
+        ValueError: a mask has nothing but such values.
+    """
+    values = set(np.unique(mask).tolist()) - {0}
+    unknown = sorted(values - names.keys()) if names else []
+    colours = in_colours(names)
+    words = [f"{v:06x}" if colours else str(v) for v in unknown]
+    if unknown and len(unknown) == len(values):
+        raise ValueError(
+            f"{path}: of the {'colours' if colours else 'values'} {', '.join(words[:8])} none is"
+            f" among --classes, {', '.join(f'{v:06x}' if colours else str(v) for v in names)}; name"
+            " them too (VALUE=- is background), or save the mask without soft edges."
+        )
+    for word in words:
+        tree.ignored[f"images or volumes with the mask value {word} of no class"] += 1
 
 
 def find(folder) -> dict:
     """Pictures and volumes in a folder by stem."""
     found = {}
-    for path in sorted(folder.glob("*")):
-        if stem(path) and found.setdefault(stem(path), path) != path:
+    for path in walk(folder):
+        if path.parent == folder and stem(path) and found.setdefault(stem(path), path) != path:
             raise ValueError(f"{path}: has the name of {found[stem(path)].name}; rename one.")
     return found
 
@@ -125,20 +178,9 @@ def stem(path) -> str:
     """A file's name without its suffix; empty for what is neither picture nor NIfTI."""
     lower = path.name.lower()
     for suffix in (*PICTURES, ".nii.gz", ".nii"):
-        if lower.endswith(suffix) and not path.name.startswith("."):
+        if lower.endswith(suffix):
             return path.name[: -len(suffix)]
     return ""
-
-
-def read_mask(path, *, colours: bool) -> np.ndarray:
-    """Whole numbers (H, W): the index, the grey value, or the 24 bits of a colour."""
-    with Image.open(path) as image:
-        if colours:
-            red, green, blue = np.asarray(image.convert("RGB"), dtype=np.int32).transpose(2, 0, 1)
-            return red << 16 | green << 8 | blue
-        if image.mode in ("RGB", "RGBA"):
-            image = image.convert("L")
-        return np.asarray(image).astype(np.int32)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 from tabulate import tabulate
 
-from ich_det2.data.splits import find_images, read_patients, split_by_group
-from ich_det2.data.voc import read_voc
+from ich_det2.cli import guard
+from ich_det2.data.splits import make_folds
+from ich_det2.data.tree import VocTree
 from ich_det2.engine.config import load_config
 from ich_det2.evaluation.boxes import average_precision, box_recall
 from ich_det2.evaluation.diagnosis import recall_at_specificity, roc_auc_score, summarize
@@ -63,37 +64,25 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def make_folds(data: Path, output: Path, folds: int, seed: int) -> None:
-    """Writes OUTPUT/folds/<i>: links to the data, and image sets that leave out fold i.
+def link_folds(data: Path, output: Path, folds: int, seed: int) -> None:
+    """Makes OUTPUT/folds/<i>: links to the data, and lists that leave out fold i.
 
     Raises:
-        FileNotFoundError, ValueError: if the tree is not complete or has too few patients.
+        FileNotFoundError, ValueError: if the tree is not complete or has too few patients, or
+            OUTPUT holds other folds.
     """
-    images, patients = list(find_images(data)), read_patients(data)
-    unknown = [image for image in images if image not in patients]
-    if unknown:
+    tree = VocTree(data)
+    images = list(tree.images)
+    if unknown := [image for image in images if image not in tree.patients]:
         raise ValueError(
             f"{data}/patients.csv does not name '{unknown[0]}' and {len(unknown) - 1} more images;"
             f" `python datasets/make_splits.py {data}` writes it for DICOM."
         )
-    positive = [len(read_voc(data / "Annotations" / f"{i}.xml").objects) > 0 for i in images]
-    groups = [patients[image][0] for image in images]
-    parts = split_by_group(groups, [1 / folds] * folds, stratify=positive, seed=seed)
-    for fold, part in enumerate(parts):
-        tree = output / "folds" / str(fold)
-        (tree / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
-        for name in ("Annotations", "DICOM", "JPEGImages", "patients.csv"):
-            if (data / name).exists() and not (tree / name).is_symlink():
-                (tree / name).symlink_to((data / name).resolve())
-        held = set(part.tolist())
-        splits = {"test": held, "train": set(range(len(images))) - held}
-        for split, members in splits.items():
-            path = tree / "ImageSets/Main" / f"{split}.txt"
-            text = "".join(f"{images[i]}\n" for i in sorted(members))
-            if path.is_file() and path.read_text() != text:
-                raise ValueError(f"{output} holds other folds; give another --output.")
-            with write_atomically(path) as file:
-                file.write(text)
+    groups = [tree.patients[image][0] for image in images]
+    lists = make_folds(groups, list(tree.types.values()), folds, seed=seed)
+    for fold in range(folds):
+        train, test = ([images[i] for i in lists[f"fold{fold}_{s}"]] for s in ("train", "val"))
+        tree.link(output / "folds" / str(fold)).write_lists({"train": train, "test": test})
 
 
 def build_cell(args, form: list[str], fold: int) -> Cell:
@@ -194,26 +183,29 @@ def write_table(args) -> None:
     print(table)
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
+def run(args) -> int:
+    """Runs the cells that are not finished and writes the table; 1 if one has failed."""
     folds = range(args.folds) if args.only is None else args.only
-    try:
-        names = [form[0] for form in args.forms]
-        for name, *rest in args.forms:
-            if not re.fullmatch(r"\w[\w.-]*", name) or name == "folds" or names.count(name) > 1:
-                raise ValueError(f"--form '{name}': expected different names fit for a folder.")
-            if len(rest) % 2 == 0:
-                raise ValueError(f"--form {name}: expected a config file and KEY VALUE pairs.")
-            load_config(rest[0], rest[1:])
-        args.output.mkdir(parents=True, exist_ok=True)
-        make_folds(args.data, args.output, args.folds, args.seed)
-        cells = [build_cell(args, form, fold) for form in args.forms for fold in folds]
-        failures = run_cells(cells, ROOT / "tools/train_net.py", jobs=args.jobs)
-    except (OSError, ValueError) as error:
-        print(f"cross_validate.py: error: {error}", file=sys.stderr)
-        return 2
+    names = [form[0] for form in args.forms]
+    for name, *rest in args.forms:
+        if not re.fullmatch(r"\w[\w.-]*", name) or name == "folds" or names.count(name) > 1:
+            raise ValueError(f"--form '{name}': expected different names fit for a folder.")
+        if len(rest) % 2 == 0:
+            raise ValueError(f"--form {name}: expected a config file and KEY VALUE pairs.")
+        load_config(rest[0], rest[1:])
+    if unknown := [fold for fold in folds if not 0 <= fold < args.folds]:
+        raise ValueError(f"--only is {unknown[0]}, expected folds from 0 to {args.folds - 1}.")
+    link_folds(args.data, args.output, args.folds, args.seed)
+    cells = [build_cell(args, form, fold) for form in args.forms for fold in folds]
+    failures = run_cells(cells, ROOT / "tools/train_net.py", jobs=args.jobs)
     write_table(args)
     return 1 if failures else 0
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    again = "the same command goes on from here."
+    return guard("cross_validate.py", lambda: run(args), interrupted=again)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,16 @@ numbers. Labels are those of labels.csv (image,label) or of slices.csv (image,he
 
 import argparse
 import base64
-import csv
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import jinja2
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from ich_det2.anchors.clustering import anchor_recall, cluster_anchors
-from ich_det2.data.context import read_places
-from ich_det2.data.dicom import read_series
+from ich_det2.cli import guard, progress
 from ich_det2.data.inspection import (
     box_sizes,
     counts,
@@ -32,8 +27,7 @@ from ich_det2.data.inspection import (
     note_turned,
     read_grey,
 )
-from ich_det2.data.splits import find_images, read_labels, read_patients
-from ich_det2.data.voc import read_voc
+from ich_det2.data.tree import VocTree
 from ich_det2.files import write_atomically
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
@@ -71,12 +65,7 @@ TABLE = """<div class="scroll"><table>
 def main(argv=None) -> int:
     """Runs the command; returns the exit code, 2 for an error of the user."""
     args = parse_args(argv)
-    try:
-        inspect(args)
-    except (ValueError, OSError) as error:
-        print(f"inspect_data.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guard("inspect_data.py", lambda: inspect(args))
 
 
 def parse_args(argv=None):
@@ -99,22 +88,22 @@ def inspect(args) -> None:
     """
     root = args.root.resolve()
     output = args.output or root.with_name(f"{root.name}_inspection")
-    files, patients = find_images(root), read_patients(root)
-    labels = read_labels(root) or read_slice_labels(root / "slices.csv")
-    splits = read_splits(root)
+    tree = VocTree(root)
+    files, patients, labels = tree.images, tree.patients, tree.slice_labels
+    splits = {name: tree.read_list(name) for name in tree.lists if "fold" not in name}
     place = {image: split for split, ids in splits.items() for image in ids}
     shown = {i for ids in splits.values() for i in spread(ids, args.sheet)}
     shown |= set() if splits else set(spread(list(files), args.sheet))
 
     images, pictures = [], {}
-    for image, path in track(files.items(), "images", console=Console(stderr=True)):
-        grey, objects = read_grey(path), read_voc(root / "Annotations" / f"{image}.xml").objects
+    for image, path in progress(files.items(), "images"):
+        grey, objects = read_grey(path), tree.annotation(image).objects
         found = inspect_image(image, grey, objects, labels.get(image))
         if image in shown:
             pictures[image] = draw(grey, objects, 110)
         images.append(found)
     by_id = {found.image: found for found in images}
-    for ids, notes in read_all_series(root, files):
+    for ids, notes in tree.series():
         series = [by_id[i] for i in ids]
         series[0].findings += [f"series: {note}" for note in notes]
         note_turned(series)
@@ -157,42 +146,6 @@ def inspect(args) -> None:
     with write_atomically(output / "index.html") as file:
         file.write(page)
     print(f"{len(images)} images, {len(odd)} to look at: {output / 'index.html'}")
-
-
-def read_all_series(root: Path, files: dict[str, Path]) -> list[tuple[list[str], Sequence[str]]]:
-    """The image ids of each series, by headers or patients.csv, and what is odd in its headers:
-    gaps, orientation, pixels."""
-    series, places = [], read_places(root)
-    if (root / "DICOM").is_dir():
-        ids = {path: image for image, path in files.items()}
-        for s in read_series(root / "DICOM")[0]:
-            series.append(([ids[path] for path in s.files if path in ids], s.notes))
-    known = {image for ids, _ in series for image in ids}
-    listed: dict[str, list[str]] = {}
-    for image in files.keys() & places.keys() - known:
-        listed.setdefault(places[image][0], []).append(image)
-    return [(ids, notes) for ids, notes in series if ids] + [
-        (sorted(i), ()) for i in listed.values()
-    ]
-
-
-def read_splits(root: Path) -> dict[str, list[str]]:
-    """Image ids of each list in ImageSets/Main; train, val and test first."""
-    paths = (root / "ImageSets" / "Main").glob("*.txt")
-    order = ("train", "val", "test")
-    paths = sorted(paths, key=lambda p: (order.index(p.stem) if p.stem in order else 3, p.stem))
-    return {path.stem: path.read_text().split() for path in paths if "fold" not in path.stem}
-
-
-def read_slice_labels(path: Path) -> dict[str, int]:
-    """Labels of a ``slices.csv`` with the columns image and hemorrhage; empty without one."""
-    if not path.is_file():
-        return {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"image", "hemorrhage"} <= set(rows.fieldnames or ()):
-            return {}
-        return {Path(row["image"]).stem: int(row["hemorrhage"] == "1") for row in rows}
 
 
 def spread(ids: list[str], number: int) -> list[str]:

@@ -5,15 +5,15 @@ N is the number of images, T the side of a thumbnail.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from .dicom import read_identity
 from .inspection import read_grey
+from .tree import VocTree
 
 THUMBNAIL = 64
 """T; slices are compared at T x T pixels."""
@@ -42,52 +42,45 @@ class Leak:
 
 
 def find_leaks(
-    splits: Mapping[str, Sequence[str]],
-    images: Mapping[str, Path],
-    patients: Mapping[str, tuple[str, str]],
+    tree: VocTree,
+    names: Sequence[str],
     *,
     pixels: bool = True,
     track: Callable[[Iterable], Iterable] = iter,
 ) -> list[Leak]:
-    """Compare the images of different splits.
+    """Compare the images of different lists.
 
     Both ``patients.csv`` and the DICOM headers are believed: a patient with two pseudonyms is
     found by the header, and two names in headers by the list.
 
     Args:
-        splits: image ids by split; an id may be in one split only.
-        images: file by image id.
-        patients: (patient, study) by image id, of ``read_patients``; empty if there is no list.
+        tree: the VOC tree.
+        names: of its lists.
         pixels: compare pixels too, which reads every image.
         track: wraps the loop over images, for a bar of progress.
 
     Returns:
-        The leaks, one for each patient, study and image between two splits, and one for each pair
+        The leaks, one for each patient, study and image between two lists, and one for each pair
         of like pixels.
 
     Raises:
-        ValueError, FileNotFoundError: an image is missing or cannot be read.
+        ValueError, FileNotFoundError: a list or an image is missing or cannot be read.
     """
-    place = [(split, image) for split, ids in splits.items() for image in ids]
+    place = [(name, image) for name in names for image in tree.read_list(name)]
     keys: dict[str, list[tuple[str, str]]] = {
         "patient": [], "study": [], "SOP Instance UID": [], "image id": [],
     }  # fmt: skip
     thumbnails = []
     for _, image in track(place):
-        if image not in images:
-            raise FileNotFoundError(f"ImageSets names '{image}', but there is no such image.")
-        path = images[image]
-        listed_patient, listed_study = patients.get(image, ("", ""))
-        header = ("", "", "")
-        if path.suffix.lower() == ".dcm":
-            header = read_identity(path)
+        listed_patient, listed_study = tree.patients.get(image, ("", ""))
+        header = tree.header(image)
         keys["patient"].append((listed_patient, header[0]))
         # Without studies the patient stands for the study in patients.csv.
         keys["study"].append((listed_study if listed_study != listed_patient else "", header[1]))
         keys["SOP Instance UID"].append(("", header[2]))
         keys["image id"].append((image, ""))
         if pixels:
-            thumbnails.append(thumbnail(path))
+            thumbnails.append(thumbnail(tree.images[image]))
     leaks = [leak for kind, values in keys.items() for leak in _shared(kind, values, place)]
     if pixels:
         leaks += _alike(np.array(thumbnails), place)

@@ -2,19 +2,17 @@
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from PIL import Image, UnidentifiedImageError
 
 from .context import find_context
-from .dicom import read_identity, read_size
-from .splits import find_images, read_labels, read_patients
+from .dicom import check_dicom
+from .pictures import check_picture, is_picture
+from .tree import SPLITS, VocTree, image_size
 from .tree_writer import pseudonym
-from .voc import VocAnnotation, read_voc
-
-SPLITS = ("train", "val", "test")
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +53,13 @@ def register_ich_datasets(
     context: int = 0,
     by_name: bool = False,
 ) -> None:
-    """Registers ``ich_train``, ``ich_val`` and ``ich_test`` of a VOC tree."""
-    for split in SPLITS:
+    """Registers ``ich_<list>`` for each list in ``ImageSets/Main`` of a VOC tree.
+
+    ``ich_train``, ``ich_val`` and ``ich_test`` are registered even where they, or the tree, are
+    missing: who asks for one of them is told so.
+    """
+    lists = VocTree(root).lists if Path(root).is_dir() else ()
+    for split in dict.fromkeys((*SPLITS, *lists)):
         register_ich_voc(f"ich_{split}", root, split, classes, context=context, by_name=by_name)
 
 
@@ -90,39 +93,33 @@ def load_ich_voc(
         FileNotFoundError: if the root, the list, or an image or annotation is not there.
         ValueError: if the list is empty or a file's content is wrong.
     """
-    root = Path(root)
-    if not root.is_dir():
+    if not Path(root).is_dir():
         raise FileNotFoundError(
             f"DATASETS.ICH_ROOT '{root}' is not a folder; give the folder that holds Annotations/"
             " and ImageSets/, or make the phantom by `python datasets/prepare_phantom.py"
             f" --output {root}`."
         )
-    image_ids = _read_image_ids(root, split)
-    patients, images = read_patients(root), find_images(root)
-    labels = read_labels(root)
-    beside = find_context(root, images, context, by_name=by_name) if context else {}
+    tree = VocTree(root)
+    image_ids = tree.read_list(split)
+    beside = find_context(tree, context, by_name=by_name) if context else {}
     dicts = []
     for image_id in image_ids:
-        xml = root / "Annotations" / f"{image_id}.xml"
-        if not xml.is_file():
+        try:
+            annotation = tree.annotation(image_id)
+        except FileNotFoundError as error:
             raise FileNotFoundError(
-                f"{root}: '{image_id}' of ImageSets/Main/{split}.txt has no Annotations/"
+                f"{tree.root}: '{image_id}' of ImageSets/Main/{split}.txt has no Annotations/"
                 f"{image_id}.xml; a healthy slice needs one too, without objects."
-            )
-        annotation = read_voc(xml)
-        image = _find_image(root, images, image_id, annotation)
+            ) from error
         width, height = annotation.width, annotation.height
         if width is None or height is None:
-            width, height = _image_size(image)
-        if image_id in patients:
-            patient, study = patients[image_id]
-        else:
-            patient, study = _header_patient(image, image_id)
+            height, width = tree.size(image_id)
+        patient, study = _patient(tree, image_id)
         annotations = [
             {
                 "bbox": list(obj.box),
                 "bbox_mode": BoxMode.XYXY_ABS,
-                "category_id": _category(obj.name, classes, xml),
+                "category_id": _category(obj.name, classes, annotation.path),
                 "type": obj.name,
                 "iscrowd": 0,
             }
@@ -130,19 +127,19 @@ def load_ich_voc(
         ]
         dicts.append(
             {
-                "file_name": str(image),
+                "file_name": str(tree.images[image_id]),
                 "image_id": image_id,
                 "patient_id": patient,
                 "study_id": study,
                 "height": height,
                 "width": width,
                 "annotations": annotations,
-                "image_label": labels.get(image_id, int(len(annotations) > 0)),
+                "image_label": tree.labels.get(image_id, int(len(annotations) > 0)),
             }
         )
         if context:
-            dicts[-1]["context_files"] = [(str(images[i]), None) for i in beside[image_id]]
-    if dicts and not patients and all(d["patient_id"] == d["image_id"] for d in dicts):
+            dicts[-1]["context_files"] = [(str(tree.images[i]), None) for i in beside[image_id]]
+    if not tree.patients and all(d["patient_id"] == d["image_id"] for d in dicts):
         logger.warning(
             "%s has no patients.csv: each image counts as a patient of its own in the diagnosis.",
             root,
@@ -151,82 +148,40 @@ def load_ich_voc(
 
 
 def check_images(dicts: Sequence[dict]) -> None:
-    """Checks that each image of a dataset can be opened and has the size its dict says.
+    """Checks that each image of a dataset can be read and has the size its dict says.
 
-    Only headers are read and lengths compared, so that a bad file is named before hours of
-    training and not within them.
+    A picture is read as in training; of a DICOM file the header is read and lengths compared. So a
+    bad file is named before hours of training and not within them.
 
     Raises:
-        ValueError: naming the first file that is broken or of another size.
+        FileNotFoundError, ValueError: naming the first file that is broken or of another size.
     """
-    for d in dicts:
-        path = Path(d["file_name"])
-        width, height = _image_size(path)
-        if (width, height) != (d["width"], d["height"]):
-            raise ValueError(
-                f"{path} is {width} x {height} pixels, but its annotation says {d['width']} x"
-                f" {d['height']}; the boxes were drawn on another image."
-            )
+    with ThreadPoolExecutor() as pool:
+        for d, (height, width) in zip(dicts, pool.map(_checked_size, dicts)):
+            if (width, height) != (d["width"], d["height"]):
+                raise ValueError(
+                    f"{d['file_name']} is {width} x {height} pixels, but its annotation says"
+                    f" {d['width']} x {d['height']}; the boxes were drawn on another image."
+                )
 
 
-def _read_image_ids(root: Path, split: str) -> list[str]:
-    path = root / "ImageSets" / "Main" / f"{split}.txt"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing; make the splits by `python datasets/make_splits.py {root}`."
-        )
-    ids = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
-    if not ids:
-        raise ValueError(
-            f"{path} is empty, so the split '{split}' has no images; make the splits anew by"
-            f" `python datasets/make_splits.py {root} --force`."
-        )
-    for image_id in ids:
-        if Path(image_id).name != image_id or "\\" in image_id:
-            raise ValueError(f"{path} names '{image_id}', expected a file's stem without folder.")
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
-        raise ValueError(f"{path} names '{twice}' more than once.")
-    return ids
+def _checked_size(dataset_dict: dict) -> tuple[int, int]:
+    path = Path(dataset_dict["file_name"])
+    if is_picture(path):
+        return check_picture(path)
+    check_dicom(path)
+    return image_size(path)
 
 
-def _find_image(
-    root: Path, images: dict[str, Path], image_id: str, annotation: VocAnnotation
-) -> Path:
-    """The image of an id; the name in its XML must be of the same stem."""
-    if annotation.filename is not None and Path(annotation.filename).stem != image_id:
-        raise ValueError(
-            f"{annotation.path} names the image '{annotation.filename}', expected '{image_id}' with"
-            " an image's suffix; the annotation belongs to another image or was renamed."
-        )
-    if image_id not in images:
-        raise FileNotFoundError(
-            f"{annotation.path} has no image: there is no DICOM/{image_id}.dcm and no JPEGImages/"
-            f"{image_id}.jpg, .jpeg or .png in {root}."
-        )
-    return images[image_id]
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the header."""
-    if path.suffix.lower() == ".dcm":
-        height, width = read_size(path)
-        return width, height
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
-
-
-def _header_patient(path: Path, image_id: str) -> tuple[str, str]:
-    """Pseudonyms of patient and study out of a DICOM header; the image itself without one."""
-    if path.suffix.lower() != ".dcm":
+def _patient(tree: VocTree, image_id: str) -> tuple[str, str]:
+    """Patient and study: by ``patients.csv``; else pseudonyms out of the DICOM header; else the
+    image itself."""
+    if image_id in tree.patients:
+        return tree.patients[image_id]
+    patient = tree.header_patients.get(image_id)
+    if patient is None:
         return image_id, image_id
-    patient, study, _ = read_identity(path)
-    return pseudonym("patient", patient or study or image_id), pseudonym(
-        "study", study or patient or image_id
-    )
+    return pseudonym("patient", patient), pseudonym("study", tree.header(image_id)[1] or patient)
 
 
 def _category(name: str, classes: Sequence[str], xml: Path) -> int:

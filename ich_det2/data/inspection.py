@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from .dicom import read_windowed
-from .splits import read_patients
-from .voc import VocObject, read_voc
+from .pictures import is_picture, read_picture
+from .tree import SPLITS, VocTree
+from .voc import VocObject
 
 WINDOW = (40.0, 120.0)
 DARK = 12
@@ -61,13 +61,7 @@ class Inspected:
 
 def read_grey(path: Path) -> np.ndarray:
     """A slice as uint8 (H, W); errors name the file."""
-    if path.suffix.lower() == ".dcm":
-        return read_windowed(path, [WINDOW])[0][..., 0]
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
+    return read_picture(path) if is_picture(path) else read_windowed(path, [WINDOW])[0][..., 0]
 
 
 def inspect_image(
@@ -160,13 +154,11 @@ def split_table(root: Path) -> list[dict]:
     Raises:
         FileNotFoundError, ValueError: one sentence that names a file.
     """
-    splits = {
-        split: (root / "ImageSets" / "Main" / f"{split}.txt").read_text().split()
-        for split in ("train", "val", "test")
-    }
-    patients = read_patients(root)
+    tree = VocTree(root)
+    splits = {split: tree.read_list(split) for split in SPLITS}
+    patients = tree.patients
     images = [
-        Inspected(image, read_voc(root / "Annotations" / f"{image}.xml").objects, (0, 0))
+        Inspected(image, tree.annotation(image).objects, (0, 0))
         for ids in splits.values()
         for image in ids
     ]

@@ -9,11 +9,11 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from PIL import Image
 
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
-from .dicom import is_dicom, read_windowed
+from .dicom import read_windowed
+from .pictures import is_picture, read_picture
 
 
 class IchDatasetMapper:
@@ -100,8 +100,8 @@ class IchDatasetMapper:
     def _read_slice(self, path: str | Path, frame: int | None) -> tuple[np.ndarray, float]:
         """A slice as grey values, and the height of its pixels over their width."""
         path = Path(path)
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg") and not is_dicom(path):
-            return _read_picture(path), 1.0
+        if is_picture(path):
+            return read_picture(path)[..., None], 1.0
         image, spacing_mm = read_windowed(path, self.windows, frame, cache=self.cache)
         return image, pixel_ratio(spacing_mm)
 
@@ -197,21 +197,3 @@ def pixel_ratio(spacing_mm: tuple[float, float]) -> float:
     rows, columns = spacing_mm
     ratio = rows / columns if rows > 0 else 1.0
     return ratio if abs(ratio - 1) > 0.01 else 1.0
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    """An 8-bit image as uint8 (H, W, 1); colours become grey.
-
-    Raises:
-        ValueError: naming the file, if it cannot be read or has more than 8 bit.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"{path} has more than 8 bit (mode {image.mode}), expected an 8-bit image that"
-                    " is windowed already; give the DICOM files instead."
-                )
-        return utils.read_image(str(path), format="L")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from error

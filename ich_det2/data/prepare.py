@@ -4,13 +4,10 @@ exit code 2 with one sentence for an error of the user."""
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
-
+from ..cli import guard, warn
 from .tree_writer import VocWriter
 
 
@@ -47,34 +44,24 @@ def run_preparer(
     )
     options(parser)
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         if not args.source.is_dir():
             raise FileNotFoundError(f"{args.source}: no such folder; see datasets/README.md.")
         with VocWriter(args.output, database=name) as tree:
             prepare(args, tree)
             if not len(tree):
                 raise ValueError(f"{args.source}: no image was found; see datasets/README.md.")
+            if not tree.counts["boxes"] and not tree.has_labels:
+                warn("no image has a box: there is nothing to learn from; check the source.")
             if tree.dropped:
-                warn(f"{tree.dropped} boxes have no pixel in their image and were left out.")
+                warn(
+                    f"{tree.dropped.total()} boxes were dropped; an image that lost all of its"
+                    " boxes is labelled as bleeding in labels.csv."
+                )
             print(
-                f"{args.output}: {len(tree)} images. Next: python datasets/make_splits.py "
+                f"{args.output}: {tree.summary()}. Next: python datasets/make_splits.py "
                 f"{args.output}, then python tools/inspect_data.py {args.output}"
             )
-    except (ValueError, OSError) as error:
-        print(f"prepare_{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"prepare_{name}: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0
 
-
-def progress(items: Iterable, what: str) -> Iterator:
-    """The items, with a bar on stderr."""
-    items = list(items)
-    yield from track(items, what, console=Console(stderr=True))
-
-
-def warn(message: str) -> None:
-    """Something a person should know, on stderr."""
-    print(f"warning: {message}", file=sys.stderr)
+    return guard(f"prepare_{name}.py", run, interrupted="the same command goes on from here.")

@@ -8,17 +8,11 @@ N is the number of images, S the number of splits.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
-import os
 from collections.abc import Collection, Hashable, Sequence
-from pathlib import Path
 
 import numpy as np
-
-IMAGE_FOLDERS = {"DICOM": (".dcm",), "JPEGImages": (".jpg", ".jpeg", ".png")}
-"""Folders of a VOC tree that hold images, the first preferred, with the suffixes of an image."""
 
 
 def split_by_group(
@@ -154,117 +148,34 @@ def split_by_image(
     return split_by_group(images, ratios, stratify=stratify, seed=seed)
 
 
-def find_images(root: str | os.PathLike) -> dict[str, Path]:
-    """Find the images of a VOC tree.
+def make_folds(
+    groups: Sequence[Hashable],
+    types: Sequence[Collection[str]],
+    folds: int,
+    *,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Divide images for K-fold cross-validation by group (patient), see ``split_stratified``.
 
     Args:
-        root: folder with ``DICOM/*.dcm`` or ``JPEGImages/*.{jpg,jpeg,png}``.
+        groups, types, seed: as in ``split_stratified``.
+        folds: K, at least 2.
 
     Returns:
-        File by image id (the file's stem), ordered by id. An image in both folders is one image,
-        and its DICOM file is given.
+        Ascending arrays of indices into ``groups`` by name: ``fold<i>_train`` and ``fold<i>_val``;
+        each image is in the val list of exactly one fold.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
-        ValueError: a file name that a list of ids, one a line, cannot hold.
+        ValueError: as ``split_stratified``, or fewer than 2 folds.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; expected a VOC tree.")
-    images: dict[str, Path] = {}
-    for folder, suffixes in IMAGE_FOLDERS.items():
-        for path in sorted((root / folder).glob("*")):
-            if path.suffix.lower() in suffixes and not path.name.startswith("."):
-                images.setdefault(path.stem, path)
-    if not images:
-        raise FileNotFoundError(f"{root}: no images; expected DICOM/*.dcm or JPEGImages/*.jpg.")
-    for image, path in images.items():
-        if image.split() != [image] or not image.isprintable():
-            raise ValueError(
-                f"{path}: has a space or an unprintable character in its name; rename the file."
-            )
-    return dict(sorted(images.items()))
-
-
-def read_patients(root: str | os.PathLike) -> dict[str, tuple[str, str]]:
-    """Read which patient and study each image shows from ``patients.csv``.
-
-    Args:
-        root: folder of the VOC tree. The file's header is ``image,patient[,study]`` in any order,
-            an image is a file's stem; other columns are ignored.
-
-    Returns:
-        ``(patient, study)`` by image id; without a study the patient stands for it. Empty if there
-        is no ``patients.csv``.
-
-    Raises:
-        ValueError: no text, no such header, a row without image or patient, or an image with two
-            patients or studies. The message names the file and the line.
-    """
-    path = Path(root) / "patients.csv"
-    patients: dict[str, tuple[str, str]] = {}
-    if not path.exists():
-        return patients
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            rows.fieldnames = [(name or "").strip().lower() for name in rows.fieldnames or ()]
-            if not {"image", "patient"} <= set(rows.fieldnames):
-                raise ValueError(
-                    f"{path}, line 1: the header is '{','.join(rows.fieldnames)[:80]}', expected "
-                    "image,patient or image,patient,study, separated by commas."
-                )
-            for row in rows:
-                image, patient, study = (
-                    (row.get(name) or "").strip() for name in ("image", "patient", "study")
-                )
-                where = f"{path}, line {rows.line_num}"
-                if not image or not patient:
-                    missing = "patient" if image else "image"
-                    raise ValueError(f"{where}: the {missing} is empty; fill it or drop the line.")
-                value = (patient, study or patient)
-                if patients.setdefault(image, value) != value:
-                    raise ValueError(
-                        f"{where}: the image {image} is of patient and study {value}, but was of "
-                        f"{patients[image]} before; expected one of each."
-                    )
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text; save it as CSV in UTF-8.") from error
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: is not CSV ({error}).") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}).") from error
-    return patients
-
-
-def read_labels(root: str | os.PathLike) -> dict[str, int]:
-    """Read image labels that do not come from boxes, from ``labels.csv``.
-
-    Args:
-        root: folder of the VOC tree. The file's header is ``image,label`` in any order, 1 for a
-            hemorrhage; other columns are ignored.
-
-    Returns:
-        The label by image id; empty if there is no ``labels.csv``.
-
-    Raises:
-        ValueError: no such header, or a label that is neither 0 nor 1; names file and line.
-    """
-    path = Path(root) / "labels.csv"
-    labels: dict[str, int] = {}
-    if not path.exists():
-        return labels
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        if not {"image", "label"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}, line 1: expected the header image,label.")
-        for row in rows:
-            if row["label"] not in ("0", "1"):
-                raise ValueError(
-                    f"{path}, line {rows.line_num}: the label is {row['label']!r}, expected 0 or 1."
-                )
-            labels[row["image"].strip()] = int(row["label"])
-    return labels
+    if folds < 2:
+        raise ValueError(f"There are {folds} folds, expected at least 2.")
+    parts = split_stratified(groups, types, [1 / folds] * folds, seed=seed)
+    everything, lists = np.arange(len(groups)), {}
+    for i, part in enumerate(parts):
+        lists[f"fold{i}_train"] = np.setdiff1d(everything, part)
+        lists[f"fold{i}_val"] = part
+    return lists
 
 
 def _check_ratios(ratios: Sequence[float]) -> np.ndarray:

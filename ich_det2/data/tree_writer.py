@@ -7,33 +7,29 @@ again. An image whose boxes have changed since is written anew.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
-from ..files import remove_leftovers, write_atomically
-from .splits import read_labels
+from ..files import remove_leftovers, write_atomically, write_csv
+from .pictures import is_picture, write_picture
+from .tree import ANNOTATIONS, IMAGE_FOLDERS, LABELS, PATIENT_FIELDS, PATIENTS, read_table
 from .voc import Box, read_voc, write_voc
-
-FIELDS = ("image", "patient", "study", "series", "position_mm")
-"""Columns of ``patients.csv``."""
 
 SOURCES = "sources.json"
 """Where each image came from: its source's path under SOURCE, and what a way back needs."""
 
+_COUNTED = ("images", "images with boxes", "boxes")
+
 JOURNAL = ".added.jsonl"
 """The rows of images that are written, until the tables are: a line each."""
-
-FOLDERS = ("Annotations", "DICOM", "JPEGImages")
 
 
 class VocWriter:
@@ -44,7 +40,10 @@ class VocWriter:
             tree.add(name, image, objects, patient=...)
 
     Attributes:
-        dropped: number of boxes left out, since less than a pixel of them is in the image.
+        counts: of this run: "images", "images with boxes" and "boxes", whether written now or
+            found written.
+        dropped: boxes of this run that were left out, by reason.
+        ignored: what else of the source was left out, by reason; for preparers to count.
     """
 
     def __init__(self, root: str | os.PathLike, *, database: str):
@@ -57,15 +56,20 @@ class VocWriter:
         self._rows: dict[str, dict] = {}
         self._sources: dict[str, dict] = {}
         self._seen: set[str] = set()
-        self.dropped = 0
-        self._labels = {name: str(label) for name, label in read_labels(self.root).items()}
-        for folder in FOLDERS:
+        self.counts: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
+        self._labels: dict[str, str] = {}
+        for folder in (ANNOTATIONS, *IMAGE_FOLDERS):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.root / folder)
         remove_leftovers(self.root)
-        if (self.root / "patients.csv").is_file():
-            with open(self.root / "patients.csv", encoding="utf-8", newline="") as file:
-                self._rows = {row["image"]: row for row in csv.DictReader(file)}
+        for table, keep in ((PATIENTS, self._rows), (LABELS, self._labels)):
+            if (self.root / table).is_file():
+                rows = read_table(self.root / table, ("image",))
+                keep.update(
+                    (row["image"], row if keep is self._rows else row["label"]) for _, row in rows
+                )
         if (self.root / SOURCES).is_file():
             self._sources = json.loads((self.root / SOURCES).read_text(encoding="utf-8"))
 
@@ -79,15 +83,31 @@ class VocWriter:
         self._journal.close()
         self._write_tables()
         (self.root / JOURNAL).unlink()
-        for folder in ("DICOM", "JPEGImages"):
+        for folder in IMAGE_FOLDERS:
             if not any((self.root / folder).iterdir()):
                 (self.root / folder).rmdir()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._rows and (self.root / "Annotations" / f"{name}.xml").is_file()
+        return name in self._rows and self._xml(name).is_file()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the tree has labels of images that do not come from boxes."""
+        return bool(self._labels)
+
+    def summary(self) -> str:
+        """What this run has seen, in one line."""
+        parts = [", ".join(f"{self.counts[key]} {key}" for key in _COUNTED)]
+        for what, counter in (("boxes dropped", self.dropped), ("ignored", self.ignored)):
+            reasons = ", ".join(f"{number} {reason}" for reason, number in counter.items())
+            parts.append(f"{what}: {reasons or 'none'}")
+        return "; ".join(parts)
+
+    def _xml(self, name: str) -> Path:
+        return self.root / ANNOTATIONS / f"{name}.xml"
 
     def wants(
         self, name: str, objects: Iterable[tuple[str, Box]], *, label: int | None = None
@@ -104,9 +124,12 @@ class VocWriter:
         self._seen.add(name)
         if name not in self or (label is not None and self._labels.get(name) != str(int(label))):
             return True
-        voc = read_voc(self.root / "Annotations" / f"{name}.xml")
-        boxes = [(obj.name, obj.box) for obj in voc.objects]
-        return boxes != list(clip(objects, voc.width, voc.height))
+        voc = read_voc(self._xml(name))
+        kept, dropped = clip(objects, voc.width, voc.height)
+        if [(obj.name, obj.box) for obj in voc.objects] != kept:
+            return True
+        self._count(kept, dropped)
+        return False
 
     def add(
         self,
@@ -129,7 +152,8 @@ class VocWriter:
             image: a DICOM, PNG or JPEG file, copied as it is; the content of a DICOM file; or uint8
                 (H, W), written as PNG.
             objects: see ``write_voc``; boxes are clipped to the image, and those of less than one
-                pixel are dropped.
+                pixel are dropped. An image that loses all of its boxes bleeds still: that is said
+                by its label.
             size: (H, W).
             patient, study, series: pseudonyms.
             position_mm: along the slice normal.
@@ -143,24 +167,21 @@ class VocWriter:
             raise ValueError(f"The image id is {name!r}, expected letters, digits, '_', '-', '.'.")
         height, width = size
         if isinstance(image, np.ndarray):
-            path = self.root / "JPEGImages" / f"{name}.png"
-            with write_atomically(path, "wb") as file:
-                Image.fromarray(image).save(file, format="PNG")
-        elif isinstance(image, bytes):
-            path = self.root / "DICOM" / f"{name}.dcm"
-            with write_atomically(path, "wb") as file:
-                file.write(image)
+            path = self.root / IMAGE_FOLDERS[1] / f"{name}.png"
+            write_picture(path, image)
         else:
-            picture = image.suffix.lower() in (".png", ".jpg", ".jpeg")
-            path = self.root / ("JPEGImages" if picture else "DICOM")
-            path /= f"{name}{image.suffix.lower() if picture else '.dcm'}"
+            if isinstance(image, Path) and is_picture(image):
+                path = self.root / IMAGE_FOLDERS[1] / f"{name}{image.suffix.lower()}"
+            else:
+                path = self.root / IMAGE_FOLDERS[0] / f"{name}.dcm"
             with write_atomically(path, "wb") as file:
-                file.write(image.read_bytes())
-        objects = list(objects)
-        kept = list(clip(objects, width, height))
-        self.dropped += len(objects) - len(kept)
+                file.write(image if isinstance(image, bytes) else image.read_bytes())
+        kept, dropped = clip(objects, width, height)
+        self._count(kept, dropped)
+        if dropped and not kept and label is None:
+            label = 1
         write_voc(
-            self.root / "Annotations" / f"{name}.xml",
+            self._xml(name),
             filename=path.name,
             width=width,
             height=height,
@@ -169,11 +190,17 @@ class VocWriter:
         )
         position = "" if position_mm is None or np.isnan(position_mm) else f"{position_mm:.3f}"
         values = (name, patient, study or patient, series or study or patient, position)
-        row = dict(zip(FIELDS, values, strict=True))
+        row = dict(zip(PATIENT_FIELDS, values, strict=True))
         entry = (row, None if label is None else str(int(label)), source)
         self._take(*entry)
         self._journal.write(json.dumps(entry) + "\n")
         self._journal.flush()
+
+    def _count(self, kept: Sequence, dropped: Counter[str]) -> None:
+        self.counts["images"] += 1
+        self.counts["images with boxes"] += bool(kept)
+        self.counts["boxes"] += len(kept)
+        self.dropped += dropped
 
     def _take(self, row: dict, label: str | None, source: dict | None) -> None:
         self._rows[row["image"]] = row
@@ -193,16 +220,11 @@ class VocWriter:
         self._write_tables()
 
     def _write_tables(self) -> None:
-        table = io.StringIO()
-        writer = csv.DictWriter(table, FIELDS, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(self._rows[name] for name in sorted(self._rows))
-        with write_atomically(self.root / "patients.csv") as file:
-            file.write(table.getvalue())
+        rows = [self._rows[name] for name in sorted(self._rows)]
+        write_csv(self.root / PATIENTS, PATIENT_FIELDS, rows)
         if self._labels:
-            lines = [f"{name},{label}\n" for name, label in sorted(self._labels.items())]
-            with write_atomically(self.root / "labels.csv") as file:
-                file.write("".join(["image,label\n", *lines]))
+            labels = [{"image": i, "label": label} for i, label in sorted(self._labels.items())]
+            write_csv(self.root / LABELS, ("image", "label"), labels)
         if self._sources:
             with write_atomically(self.root / SOURCES) as file:
                 json.dump(dict(sorted(self._sources.items())), file, indent=1, ensure_ascii=False)
@@ -210,13 +232,31 @@ class VocWriter:
 
 def clip(
     objects: Iterable[tuple[str, Sequence[float]]], width: int, height: int
-) -> Iterable[tuple[str, Box]]:
-    """Boxes clipped to the image; those of less than a pixel in it are dropped."""
+) -> tuple[list[tuple[str, Box]], Counter[str]]:
+    """Boxes clipped to the image.
+
+    Args:
+        objects: names and boxes (x0, y0, x1, y1), 0-based pixel edges.
+        width, height: of the image, pixels.
+
+    Returns:
+        The boxes of which a pixel or more is in the image, and the numbers of the others by reason.
+    """
+    kept, dropped = [], Counter()
     for name, (x0, y0, x1, y1) in objects:
+        if not (x1 > x0 and y1 > y0):  # NaN compares as false
+            dropped["of no size"] += 1
+            continue
+        if x1 - x0 < 1 or y1 - y0 < 1:
+            dropped["smaller than a pixel"] += 1
+            continue
         x0, x1 = max(float(x0), 0.0), min(float(x1), float(width))
         y0, y1 = max(float(y0), 0.0), min(float(y1), float(height))
         if x1 - x0 >= 1 and y1 - y0 >= 1:
-            yield name, (x0, y0, x1, y1)
+            kept.append((name, (x0, y0, x1, y1)))
+        else:
+            dropped["outside the image"] += 1
+    return kept, dropped
 
 
 def pseudonym(kind: str, value: str) -> str:
@@ -235,14 +275,16 @@ def boxes_of_mask(
         min_pixels: smaller parts are left out.
 
     Returns:
-        Names and boxes, 0-based pixel edges; parts that touch at a corner are one.
+        Names and boxes, 0-based pixel edges; parts that touch at a corner are one, and so are
+        parts of several values of one name, as soft edges have.
     """
+    values_of: dict[str, list[int]] = {}
+    for value in np.unique(mask[mask != 0]).tolist():
+        if (name := name_of(value)) is not None:
+            values_of.setdefault(name, []).append(value)
     objects = []
-    for value in np.unique(mask[mask != 0]):
-        name = name_of(int(value))
-        if name is None:
-            continue
-        parts, _ = ndimage.label(mask == value, structure=np.ones((3, 3)))
+    for name, values in values_of.items():
+        parts, _ = ndimage.label(np.isin(mask, values), structure=np.ones((3, 3)))
         sizes = np.bincount(parts.ravel())
         for label, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
             if sizes[label] >= min_pixels:

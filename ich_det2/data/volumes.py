@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from operator import attrgetter
 
 import nibabel as nib
 import numpy as np
@@ -21,11 +20,15 @@ class Volume:
         slices: (D, H, W); rows run to the patient's back, columns to the patient's left.
         spacing_mm: of slices, of rows, of columns.
         axes: where those of the file's voxels ran to, e.g. "LPS".
+        affine: from voxels, in the order right, front, head, to mm; float (4, 4).
+        guessed: why the orientation is a guess; empty if the file says it.
     """
 
     slices: np.ndarray
     spacing_mm: tuple[float, float, float]
     axes: str
+    affine: np.ndarray
+    guessed: str = ""
 
 
 def read_nifti(path: str | os.PathLike, dtype=np.float32) -> Volume:
@@ -37,7 +40,8 @@ def read_nifti(path: str | os.PathLike, dtype=np.float32) -> Volume:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no NIfTI file, not three axes, too large, or damaged; the message names it.
+        ValueError: no NIfTI file, not three axes, too large, damaged, colours, or of values that
+            are no whole numbers where those are wanted; the message names it.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file.")
@@ -47,16 +51,34 @@ def read_nifti(path: str | os.PathLike, dtype=np.float32) -> Volume:
         if len(image.shape) < 3 or shape or np.prod(image.shape, dtype=float) > MAX_VOXELS:
             raise ValueError(f"has the shape {image.shape}, expected three axes of a head")
         axes = "".join(str(axis) for axis in nib.aff2axcodes(image.affine))
+        guessed = _doubt(image)
         # RAS+: to the right, to the front, to the head.
         image = nib.as_closest_canonical(image)
         data = np.asanyarray(image.dataobj).reshape(image.shape[:3])
+        if data.dtype.fields or not np.issubdtype(data.dtype, np.number) or np.iscomplexobj(data):
+            raise ValueError(f"holds {data.dtype.names or data.dtype}, expected one number a voxel")
         x, y, z = (float(v) for v in image.header.get_zooms()[:3])
+        if np.issubdtype(dtype, np.integer):
+            whole = np.rint(data)  # a mask with a scale holds 0.9999 for 1
+            if not np.isfinite(data).all() or np.abs(data - whole).max(initial=0) > 0.01:
+                raise ValueError("holds fractions or NaN, expected a mask of whole numbers")
+            data = whole
     except Exception as error:  # nibabel answers damage with many kinds of errors
         detail = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: is not a NIfTI volume of a head ({detail}).") from error
-    if np.issubdtype(dtype, np.integer):
-        data = np.rint(data)  # a mask with a scale holds 0.9999 for 1
-    return Volume(np.ascontiguousarray(data[::-1, ::-1].T.astype(dtype)), (z, y, x), axes)
+    slices = np.ascontiguousarray(data[::-1, ::-1].T.astype(dtype))
+    return Volume(slices, (z, y, x), axes, np.asarray(image.affine), guessed)
+
+
+def _doubt(image) -> str:
+    """Why the orientation that an image's affine says may not be that of the patient."""
+    header = image.header
+    codes = [int(header[key]) for key in ("sform_code", "qform_code") if key in header]
+    if codes and not any(codes):
+        return "its header gives no orientation (sform and qform codes are 0)"
+    if np.allclose(image.affine[:3, :3], np.eye(3)):
+        return "its affine is the identity, which a converter leaves where it does not know"
+    return ""
 
 
 def read_with_mask(
@@ -71,11 +93,27 @@ def read_with_mask(
         FileNotFoundError, ValueError: as ``read_nifti``, or the two do not lie on each other.
     """
     scan, mask = read_nifti(path), read_nifti(mask_path, np.int32)
-    for what in ("slices.shape", "axes"):
-        own, other = (attrgetter(what)(volume) for volume in (scan, mask))
+    for what, own, other in (
+        ("shape", scan.slices.shape, mask.slices.shape),
+        ("axes", scan.axes, mask.axes),
+    ):
         if own != other:
             raise ValueError(
-                f"{path}: the scan has the {what.split('.')[-1]} {own}, its mask {other}; save the "
-                "mask with the shape and the affine of the scan."
+                f"{path}: the scan has the {what} {own}, its mask {other}; save the mask with the"
+                " shape and the affine of the scan."
             )
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=float)
+    corners[:, :3] *= np.array(scan.slices.shape[::-1])
+    apart = np.abs((scan.affine - mask.affine) @ corners.T).max()
+    if not apart <= max(scan.spacing_mm):
+        raise ValueError(
+            f"{path}: by their affines its mask lies {apart:.1f} mm beside the scan or is turned;"
+            " save the mask with the shape and the affine of the scan."
+        )
+    low, high = float(np.nanmin(scan.slices)), float(np.nanmax(scan.slices))
+    if low < high and (not -32768 <= low < -200 or high > 32767):
+        raise ValueError(
+            f"{path}: holds values from {low:g} to {high:g}, expected Hounsfield units with air"
+            " near -1000; give the scan before any window, scaling or stripping."
+        )
     return scan, mask.slices

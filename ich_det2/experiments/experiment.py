@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from ..data.inspection import split_table
 from ..data.mapper import IchDatasetMapper
+from ..data.tree import VocTree
 from ..engine.config import load_config
 from ..evaluation.predictions import read_predictions
 from ..evaluation.visualize import draw_predictions
@@ -72,11 +73,10 @@ def check_data(cfg: DictConfig) -> None:
     Raises:
         FileNotFoundError: if they are not there.
     """
-    path = Path(cfg.data.root, "ImageSets", "Main", "train.txt")
-    if not path.is_file():
+    if not Path(cfg.data.root).is_dir() or "train" not in VocTree(cfg.data.root).lists:
         raise FileNotFoundError(
-            f"there is no {path}; make the VOC tree '{cfg.data.root}' as datasets/README.md says,"
-            " or give its place by data.root=PATH."
+            f"there is no list train in the VOC tree '{cfg.data.root}'; make it as"
+            " datasets/README.md says, or give its place by data.root=PATH."
         )
 
 

@@ -11,14 +11,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from ..data.context import last_number, read_places
+from ..data.context import last_number
 from ..data.dicom import (
     CTFile,
     CTSeries,
@@ -31,16 +29,16 @@ from ..data.dicom import (
     printable,
     read_file,
 )
-from ..data.splits import IMAGE_FOLDERS, read_patients
+from ..data.pictures import PICTURE_SUFFIXES, is_picture, picture_size
+from ..data.tree import VocTree
 from ..files import is_hidden, walk
 
-PICTURE_SUFFIXES = IMAGE_FOLDERS["JPEGImages"]
-DICOM_SUFFIXES = IMAGE_FOLDERS["DICOM"]
 REMOVED = "[removed]"
 """Stands in reasons for what would tell whose they are."""
 
 # Those of names that are replaced; another may be a part of an identity.
-_SUFFIXES = (*DICOM_SUFFIXES, *PICTURE_SUFFIXES, ".ima")
+_SUFFIXES = (".dcm", *PICTURE_SUFFIXES, ".ima")
+_trees: dict[Path, VocTree] = {}
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,7 @@ def find_slices(
         FileNotFoundError, ValueError: one sentence that names a given file that cannot be read, or
             saying that there is no slice.
     """
-    _read_tree.cache_clear()
+    _trees.clear()
     sources = _collect([Path(path) for path in inputs], any_body_part)
     warnings = _tell_patients_apart(sources, identify)
     series = _select_axial(_group(sources), sources, warnings)
@@ -235,7 +233,7 @@ def _collect(inputs: Sequence[Path], any_body_part: bool) -> list[_Source]:
 
 
 def _open(path: Path, folder: Path | None, any_body_part: bool) -> _Source:
-    if path.suffix.lower() in PICTURE_SUFFIXES and not is_dicom(path):
+    if is_picture(path):
         return _Source(path, folder, "picture", CTFile(path), _picture_fault(path))
     file = read_file(path, any_body_part=any_body_part)
     return _Source(path, folder, "dicom", file, file.fault)
@@ -323,7 +321,7 @@ def _attribute_losses(sources: Sequence[_Source]) -> None:
                 not s.path.is_file() or (s.path.parent, s.suffix) in kinds
             )
         elif s.is_blank:
-            alike = (s.path.parent, s.suffix) in kinds or s.suffix in DICOM_SUFFIXES
+            alike = (s.path.parent, s.suffix) in kinds or s.suffix == ".dcm"
             s.lost = alike or is_dicom(s.path)
         else:
             s.lost = s.kind == "picture" or s.file.may_be_slice
@@ -464,28 +462,19 @@ def _describe(
 def _picture_fault(path: Path) -> str:
     """Why the header of a PNG or JPEG is refused; empty if it is not."""
     try:
-        with Image.open(path) as image:
-            mode = image.mode
-    except Exception as error:  # Pillow answers damage with many kinds of errors
-        return f"cannot be read as an image ({_reason(error, path)})."
-    if mode.startswith(("I", "F")):
-        return f"has pixels of more than 8 bit (mode {mode}), expected a windowed 8-bit image."
+        picture_size(path)
+    except (ValueError, OSError) as error:
+        return _reason(error, path)
     return ""
-
-
-@cache
-def _read_tree(tree: Path) -> tuple[dict, dict]:
-    return read_patients(tree), read_places(tree)
 
 
 def _listed(path: Path) -> tuple[str, tuple[str, float], str]:
     """Patient and place by ``patients.csv`` of the VOC tree that an image is in, and the tree."""
-    folder = path.absolute().parent
-    if folder.name not in IMAGE_FOLDERS:
+    tree = VocTree.of(path, _trees)
+    image = tree.find(path.name) if tree and tree.patients else None
+    if tree is None or image not in tree.patients:
         return "", ("", math.nan), ""
-    patients, places = _read_tree(folder.parent)
-    patient, _ = patients.get(path.stem, ("", ""))
-    return patient, places.get(path.stem, ("", math.nan)), os.fspath(folder.parent)
+    return tree.patients[image][0], tree.places[image], os.fspath(tree.root)
 
 
 def _remover(sources: Iterable[_Source]) -> Callable[[str], str]:

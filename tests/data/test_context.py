@@ -1,7 +1,5 @@
 """Neighbouring slices as channels, in a VOC tree of DICOM or of pictures."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from PIL import Image
 from ich_det2.data import IchDatasetMapper, load_ich_voc
 from ich_det2.data.augmentation import RandomShiftScale
 from ich_det2.data.context import find_context
+from ich_det2.data.tree import VocTree
 
 NAMES = ["c", "a", "d", "b"]  # from the feet to the head
 GREY = {"c": 10, "a": 20, "d": 30, "b": 40}
@@ -114,21 +113,25 @@ def test_all_slices_of_a_sequence_are_moved_alike(tree):
         assert mapped["image"].std() > 0
 
 
-def test_names_order_pictures_without_positions(tree, caplog):
-    root = tree("png", columns="image,patient,series,other")
-    images = {f"p_{i}": Path(f"p_{i}.png") for i in (10, 9, 11)}
+def test_names_order_pictures_without_positions(tmp_path, caplog):
+    root = tmp_path / "named"
+    images = [f"p_{i}" for i in (10, 9, 11)]
+    (root / "JPEGImages").mkdir(parents=True)
+    for name in images:
+        Image.new("L", (8, 8)).save(root / f"JPEGImages/{name}.png")
     rows = [f"{name},p" for name in images]
     (root / "patients.csv").write_text("\n".join(["image,patient", *rows]) + "\n")
-    context = find_context(root, images, 1, by_name=True)
+    context = find_context(VocTree(root), 1, by_name=True)
     assert context == {
         "p_9": ["p_9", "p_9", "p_10"],
         "p_10": ["p_9", "p_10", "p_11"],
         "p_11": ["p_10", "p_11", "p_11"],
     }
     assert "no position_mm for 3 images" in caplog.text
-    (root / "patients.csv").write_text("image,patient\nscout,p\n")
+    (root / "JPEGImages/p_9.png").rename(root / "JPEGImages/scout.png")
+    (root / "patients.csv").write_text("image,patient\np_10,p\np_11,p\nscout,p\n")
     with pytest.raises(ValueError, match=r"scout\.png: its place in a series is not known"):
-        find_context(root, {"scout": Path("scout.png")}, 1, by_name=True)
+        find_context(VocTree(root), 1, by_name=True)
 
 
 def test_channels_and_sequences_exclude_each_other():

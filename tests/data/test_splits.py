@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ich_det2.data.splits import (
-    find_images,
-    read_patients,
+    make_folds,
     split_by_group,
     split_by_image,
     split_stratified,
@@ -132,68 +131,6 @@ def test_by_image_divides_images():
         split_by_image(["a", "a"], [1])
 
 
-# --- reading a tree ------------------------------------------------------------------------------
-
-
-def patients_of(root, text):
-    (root / "patients.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_patients(root)
-
-
-def test_patients(tmp_path):
-    assert read_patients(tmp_path) == {}
-    assert patients_of(tmp_path, "image,patient,study\na,P1,S1\nb,P1,S2\n\n") == {
-        "a": ("P1", "S1"),
-        "b": ("P1", "S2"),
-    }
-    # Any order, other columns, spaces, a byte order mark, Windows lines, the same line twice.
-    text = "\ufeffage, Patient ,image\r\n70,P1, a\r\n70,P1,a\r\n"
-    assert patients_of(tmp_path, text) == {"a": ("P1", "P1")}
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "line 1: the header is ''"),
-        ("a,P1\nb,P2\n", "line 1: the header is 'a,p1', expected image,patient"),
-        ("image;patient\na;P1\n", "line 1: the header is 'image;patient'"),
-        ("image,patient\na,P1\na,P2\n", "line 3: the image a is of patient and study"),
-        ("image,patient,study\na,P1,S1\na,P1,S2\n", "line 3: the image a"),
-        ("image,patient\na\n", "line 2: the patient is empty"),
-        ("image,patient\n,P1\n", "line 2: the image is empty"),
-        (b"image,patient\na,M\xfcller\n", "is not UTF-8"),
-        ("image,patient\na," + "x" * 200_000 + "\n", "is not CSV"),
-    ],
-)
-def test_wrong_patients_name_file_and_line(tmp_path, text, message):
-    with pytest.raises(ValueError, match=r"patients\.csv") as error:
-        patients_of(tmp_path, text)
-    assert message in str(error.value)
-
-
-def test_images(tmp_path):
-    for name in ("DICOM/b.dcm", "JPEGImages/b.png", "JPEGImages/a.JPG", "JPEGImages/.c.jpg"):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    (tmp_path / "DICOM/readme.txt").touch()
-    images = find_images(tmp_path)
-    assert list(images.items()) == [
-        ("a", tmp_path / "JPEGImages/a.JPG"),
-        ("b", tmp_path / "DICOM/b.dcm"),
-    ]
-    (tmp_path / "DICOM/x y.dcm").touch()
-    with pytest.raises(ValueError, match=r"x y\.dcm: has a space"):
-        find_images(tmp_path)
-
-
-def test_no_images(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        find_images(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="no images"):
-        find_images(tmp_path)
-
-
 # ---- split_stratified ----------------------------------------------------------------------------
 
 
@@ -245,3 +182,17 @@ def test_stratified_split_fills_every_wanted_split():
         split_stratified(["a", "b"], [set(), set()], [0.4, 0.3, 0.3])
     with pytest.raises(ValueError, match="types has 1 entries, expected 2"):
         split_stratified(["a", "b"], [set()], [0.5, 0.5])
+
+
+def test_folds_hold_each_image_once_and_keep_patients_whole():
+    groups, types = patients_of_types()
+    lists = make_folds(groups, types, 5)
+    assert list(lists) == [f"fold{i}_{part}" for i in range(5) for part in ("train", "val")]
+    held = [lists[f"fold{i}_val"] for i in range(5)]
+    assert sorted(np.concatenate(held).tolist()) == list(range(len(groups)))
+    for i, part in enumerate(held):
+        train = lists[f"fold{i}_train"]
+        assert sorted([*part, *train]) == list(range(len(groups)))
+        assert not {groups[j] for j in part} & {groups[j] for j in train}
+    with pytest.raises(ValueError, match="1 folds, expected at least 2"):
+        make_folds(groups, types, 1)

@@ -9,8 +9,9 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 
-from ich_det2.data.splits import read_patients
+from ich_det2.data.tree import VocTree
 from ich_det2.data.voc import read_voc, write_voc
+from ich_det2.files import write_atomically
 
 REPO = Path(__file__).parents[2]
 REAL = REPO / "../shared/data/ct_ich"
@@ -74,7 +75,7 @@ def refused(capsys, root, *args):
     assert run(root, *args) == 2
     assert snapshot(root) == before
     message = capsys.readouterr().err
-    assert message.startswith("make_splits: ")
+    assert message.startswith("make_splits.py: error: ")
     assert message.count("\n") == 1
     return message
 
@@ -82,7 +83,7 @@ def refused(capsys, root, *args):
 def test_by_patient(tree, capsys):
     assert run(tree) == 0
     splits = lists(tree)
-    patients = read_patients(tree)
+    patients = VocTree(tree).patients
     assert sorted(image for ids in splits.values() for image in ids) == sorted(patients)
     people = {name: {patients[image][0] for image in ids} for name, ids in splits.items()}
     assert [len(people[name]) for name in NAMES] == [5, 2, 3]
@@ -117,7 +118,7 @@ def test_by_image_warns_of_leakage(tree, capsys):
     assert run(tree, "--by", "image") == 0
     splits = lists(tree)
     assert [len(ids) for ids in splits.values()] == [15, 6, 9]
-    patients = read_patients(tree)
+    patients = VocTree(tree).patients
     seen = [{patients[image][0] for image in ids} for ids in splits.values()]
     torn = sum(sum(person in s for s in seen) > 1 for person in set.union(*seen))
     assert torn > 0
@@ -199,14 +200,14 @@ def test_missing_root(tmp_path, capsys):
 
 
 def test_all_files_or_none(tree, monkeypatch, capsys):
-    real = make_splits.write_atomically
+    real = write_atomically
 
     def full_disk(path):
         if path.name == "test.txt":
             raise OSError(28, "No space left on device")
         return real(path)
 
-    monkeypatch.setattr(make_splits, "write_atomically", full_disk)
+    monkeypatch.setattr("ich_det2.data.tree.write_atomically", full_disk)
     assert run(tree) == 2
     assert "No space left" in capsys.readouterr().err
     assert [path for path in (tree / "ImageSets").rglob("*") if path.is_file()] == []
@@ -229,7 +230,7 @@ def test_real_tree(tmp_path):
     for path in (REAL / "JPEGImages").iterdir():
         (tmp_path / "JPEGImages" / path.name).touch()
     assert run(tmp_path, "--stratify", "positive") == 0
-    patients = read_patients(tmp_path)
+    patients = VocTree(tmp_path).patients
     people = [{patients[image][0] for image in ids} for ids in lists(tmp_path).values()]
     # 17 bleeding patients: 8.5, 3.4, 5.1 -> 9, 3, 5. 28 others: 14, 5.6, 8.4 -> 14, 6, 8.
     assert [len(p) for p in people] == [23, 9, 13]

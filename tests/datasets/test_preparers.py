@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from ich_det2.data import load_ich_voc
 from ich_det2.data.dicom import read_hu, read_identity, read_series
-from ich_det2.data.splits import find_images, read_labels, read_patients
+from ich_det2.data.tree import VocTree
 from ich_det2.data.voc import read_voc, write_voc
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def boxes(root):
 
 def loads(root):
     """The whole tree as a data set."""
-    names = sorted(find_images(root))
+    names = sorted(VocTree(root).images)
     (root / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
     (root / "ImageSets/Main/all.txt").write_text("\n".join(names))
     return {d["image_id"]: d for d in load_ich_voc(root, "all")}
@@ -112,7 +112,7 @@ def test_bhx_hand_drawn_with_healthy_studies(tmp_path, cq500):
     args += ["--label-types", "handDrawn", "--reads", str(tmp_path / "reads.csv")]
     assert tool("prepare_bhx").main(args) == 0
     assert sorted(map(len, boxes(tmp_path / "t").values())) == [0, 0, 0, 0, 0, 2]
-    assert len({p for p, _ in read_patients(tmp_path / "t").values()}) == 2
+    assert len({p for p, _ in VocTree(tmp_path / "t").patients.values()}) == 2
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_boxes_outside_the_image_are_counted(tmp_path, cq500, capsys):
     (tmp_path / "boxes.csv").write_text(text)
     args = [str(cq500), "--output", str(tmp_path / "t"), "--boxes", str(tmp_path / "boxes.csv")]
     assert tool("prepare_bhx").main(args) == 0
-    assert "1 boxes have no pixel in their image" in capsys.readouterr().err
+    assert "1 boxes were dropped" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")
@@ -295,7 +295,7 @@ def test_masks_of_pictures(tmp_path, colours):
     assert tool("prepare_masks").main(args) == 0
     found = sorted(boxes(tmp_path / "t")["p1_04"])
     assert found == [("IPH", (20, 20, 30, 30)), ("SDH", (4, 4, 14, 14))]
-    assert read_patients(tmp_path / "t") == {"p1_04": ("p1", "p1")}
+    assert VocTree(tmp_path / "t").patients == {"p1_04": ("p1", "p1")}
 
 
 def test_an_image_without_mask_is_named(tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_rsna(tmp_path, write_ct, capsys):
     assert tool("prepare_rsna").main([*args, "--labels", str(tmp_path / "labels.csv")]) == 0
     told = capsys.readouterr().err
     assert "1 of 4 DICOM files have no label" in told and "1 of 3 images cannot be read" in told
-    assert read_labels(tmp_path / "t") == {"ID_a": 1, "ID_b": 0}
+    assert VocTree(tmp_path / "t").labels == {"ID_a": 1, "ID_b": 0}
     dicts = loads(tmp_path / "t")
     assert {i: (d["image_label"], d["annotations"]) for i, d in dicts.items()} == {
         "ID_a": (1, []),
@@ -404,7 +404,7 @@ def test_coco_there_and_back(tmp_path, full_tree):
     assert coco.main(args) == 0
     expected = boxes(root)
     assert boxes(tmp_path / "t") == {i: expected[i] for i in "abcd"}
-    assert read_patients(tmp_path / "t")["a"][0] == "p-a"
+    assert VocTree(tmp_path / "t").patients["a"][0] == "p-a"
 
 
 def test_coco_that_leads_out_of_the_folder(tmp_path, full_tree, capsys):
@@ -422,3 +422,231 @@ def test_no_such_source(tmp_path, capsys):
     args = [str(tmp_path / "none"), "--output", str(tmp_path / "t")]
     assert tool("prepare_ct_ich").main(args) == 2
     assert "no such folder" in capsys.readouterr().err and not (tmp_path / "t").exists()
+
+
+# ---- situations that other people reported -------------------------------------------------------
+
+
+def masks_of(tmp_path, mask, *, image=None, suffix=".png"):
+    """SOURCE with one picture and its mask."""
+    for folder in ("images", "masks"):
+        (tmp_path / "s" / folder).mkdir(parents=True, exist_ok=True)
+    grey = np.full(np.shape(mask)[:2], 99, np.uint8) if image is None else image
+    Image.fromarray(grey).save(tmp_path / "s/images/p1_04.png")
+    Image.fromarray(np.asarray(mask)).save(tmp_path / f"s/masks/p1_04{suffix}")
+    return [str(tmp_path / "s"), "--output", str(tmp_path / "t")]
+
+
+def soft_disc():
+    y, x = np.mgrid[:64, :64]
+    return np.clip(255 * (14 - np.hypot(x - 30, y - 30)) / 4, 0, 255).astype(np.uint8)
+
+
+def test_soft_edges_of_a_mask_are_one_bleed(tmp_path):
+    assert tool("prepare_masks").main(masks_of(tmp_path, soft_disc())) == 0
+    assert len(boxes(tmp_path / "t")["p1_04"]) == 1
+
+
+def test_two_values_of_one_class_that_touch_are_one_bleed(tmp_path):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:10, 4:10], mask[4:10, 10:16] = 1, 2
+    args = masks_of(tmp_path, mask)
+    assert tool("prepare_masks").main([*args, "--classes", "1=IPH", "2=IPH"]) == 0
+    assert boxes(tmp_path / "t")["p1_04"] == [("IPH", (4, 4, 16, 10))]
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        (["1=SDH"], "of the values 255 none is among --classes, 1"),
+        (["ff0000=SDH"], "of the colours ffffff none is among --classes, ff0000"),
+    ],
+)
+def test_values_of_no_class_are_an_error_that_names_them(tmp_path, capsys, classes, message):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:10, 4:10] = 255
+    args = masks_of(tmp_path, mask)
+    assert tool("prepare_masks").main([*args, "--classes", *classes]) == 2
+    assert message in capsys.readouterr().err
+    assert tool("prepare_masks").main([*args, "--classes", "1=SDH", "255=-"]) == 0
+    assert boxes(tmp_path / "t") == {"p1_04": []}
+
+
+def test_values_of_no_class_beside_others_are_counted(tmp_path, capsys):
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:10, 4:10], mask[20:24, 20:24] = 1, 9
+    assert tool("prepare_masks").main([*masks_of(tmp_path, mask), "--classes", "1=SDH"]) == 0
+    told = capsys.readouterr()
+    assert "1 images or volumes with the mask value 9 of no class" in told.out
+    assert "warning: 1 times a mask has a value of no class" in told.err
+
+
+def test_no_box_at_all_is_a_warning(tmp_path, capsys):
+    assert tool("prepare_masks").main(masks_of(tmp_path, np.zeros((32, 32), np.uint8))) == 0
+    told = capsys.readouterr()
+    assert "1 images, 0 images with boxes, 0 boxes; boxes dropped: none" in told.out
+    assert "no image has a box" in told.err
+
+
+def test_a_lossy_mask_is_refused(tmp_path, capsys):
+    assert tool("prepare_masks").main(masks_of(tmp_path, soft_disc(), suffix=".jpg")) == 2
+    assert "JPEG, whose values are blurred" in capsys.readouterr().err
+
+
+def test_a_picture_of_16_bit_is_refused(tmp_path, capsys):
+    deep = np.full((32, 32), 3000, np.uint16)
+    args = masks_of(tmp_path, np.zeros((32, 32), np.uint8), image=deep)
+    assert tool("prepare_masks").main(args) == 2
+    assert "more than 8 bit" in capsys.readouterr().err
+
+
+def volume_of(tmp_path, hu=None, mask=None, affine=None, mask_affine=None):
+    rng = np.random.default_rng(0)
+    hu = rng.integers(-1000, 90, (16, 16, 3)).astype(np.int16) if hu is None else hu
+    mask = np.ones(hu.shape[:3], np.uint8) if mask is None else mask
+    affine = np.diag([-0.5, -0.5, 5, 1.0]) if affine is None else affine
+    for folder, data, own in (
+        ("images", hu, affine),
+        ("masks", mask, affine if mask_affine is None else mask_affine),
+    ):
+        (tmp_path / "s" / folder).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(data, own), tmp_path / f"s/{folder}/case.nii.gz")
+    return [str(tmp_path / "s"), "--output", str(tmp_path / "t")]
+
+
+def rgb():
+    return np.zeros((16, 16, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (lambda: {"hu": rgb()}, "case.nii.gz: is not a NIfTI volume of a head (holds"),
+        (lambda: {"mask": rgb()}, "case.nii.gz: is not a NIfTI volume of a head (holds"),
+        (lambda: {"mask": np.full((16, 16, 3), 0.4)}, "holds fractions or NaN, expected a mask"),
+        (lambda: {"mask": np.full((16, 16, 3), np.nan)}, "holds fractions or NaN"),
+        (
+            lambda: {"hu": np.arange(768).reshape(16, 16, 3) % 256 / 255},
+            "holds values from 0 to 1, expected Hounsfield units",
+        ),
+        (
+            lambda: {"hu": (np.arange(768).reshape(16, 16, 3) * 5).astype(np.int16)},
+            "expected Hounsfield units",
+        ),
+        (
+            lambda: {"mask_affine": np.array(
+                [[-0.5, 0, 0, 40], [0, -0.5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1.0]]
+            )},
+            "its mask lies 40.0 mm beside the scan",
+        ),
+    ],
+)  # fmt: skip
+def test_a_volume_that_is_no_scan_or_mask_of_it_is_one_sentence(tmp_path, capsys, changes, message):
+    assert tool("prepare_masks").main(volume_of(tmp_path, **changes())) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_affine_that_says_nothing_is_a_warning(tmp_path, capsys):
+    assert tool("prepare_masks").main(volume_of(tmp_path, affine=np.eye(4))) == 0
+    assert "the orientation of 1 volumes is a guess (case.nii.gz:" in capsys.readouterr().err
+
+
+def coco_of(tmp_path, **changes):
+    """COCO JSON of a bleeding and a healthy picture."""
+    (tmp_path / "pictures/p1").mkdir(parents=True, exist_ok=True)
+    for name in "ab":
+        Image.new("L", (64, 48), 99).save(tmp_path / f"pictures/p1/{name}.png")
+    size = {"height": 48, "width": 64}
+    content = {
+        "images": [{"id": 1, "file_name": "p1/a.png", **size},
+                   {"id": 2, "file_name": "p1/b.png", **size}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [4, 5, 10, 12]}],
+        "categories": [{"id": 3, "name": "IPH"}, {"id": 4, "name": "SDH"}],
+    }  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps(content | changes))
+    return ["import", str(tmp_path / "c.json"), str(tmp_path / "pictures"),
+            "--output", str(tmp_path / "t")]  # fmt: skip
+
+
+def annotated(box, **values):
+    return [{"id": 1, "image_id": 1, "category_id": 3, "bbox": box, **values}]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"images": [{"id": 1, "file_name": f"p1/{n}.png", "height": 48, "width": 64}
+                     for n in "ab"]}, "two entries have the image id 1"),
+        ({"annotations": annotated([4, 5, 9, 9]) * 2}, "two entries have the annotation id 1"),
+        ({"categories": [{"id": 3, "name": n} for n in ("IPH", "SDH")]}, "the category id 3"),
+        ({"annotations": annotated([0.1, 0.2, 0.3, 0.2])}, "fractions of the image"),
+        ({"annotations": annotated([4, 5, 9, 9], category_id=9)}, "category 9"),
+        ({"annotations": annotated([4, 5, 9, 9], image_id=7)}, "image 7"),
+        ({"annotations": annotated([4, 5, 9, 9], bbox_mode=4)}, "bbox_mode is 4"),
+        ({"annotations": annotated([4, 5, 9])}, "is not COCO JSON"),
+        ({"images": [{"id": 1, "file_name": "p1\\c.png", "height": 48, "width": 64}]},
+         "the image 'p1/c.png' is not in"),
+        ({"images": [{"id": 1, "file_name": "../c.json", "height": 48, "width": 64}]}, "is not in"),
+        ({"images": [{"id": 1, "file_name": "p1/a.png", "height": 64, "width": 48}]},
+         "is 64 x 48 pixels, c.json says 48 x 64"),
+        ({"images": [{"id": 1, "height": 64, "width": 48}]}, "lacks 'file_name'"),
+    ],
+)  # fmt: skip
+def test_wrong_coco_is_one_sentence(tmp_path, capsys, changes, message):
+    assert tool("coco").main(coco_of(tmp_path, **changes)) == 2
+    told = capsys.readouterr().err
+    assert message in told and "c.json" in told and "Error(" not in told
+
+
+def test_coco_of_other_systems_and_modes(tmp_path):
+    images = [{"id": i, "file_name": f"p1\\{n}.png", "height": 48, "width": 64}
+              for i, n in enumerate("ab", start=1)]  # fmt: skip
+    changes = {"images": images, "annotations": annotated([4, 5, 14, 17], bbox_mode=0)}
+    assert tool("coco").main(coco_of(tmp_path, **changes)) == 0
+    assert boxes(tmp_path / "t") == {"a": [("IPH", (4, 5, 14, 17))], "b": []}
+
+
+@pytest.mark.parametrize("box", [[40, 30, -9, 9], [4, 5, 0, 9], [70, 5, 9, 9], [4, 5, 0.4, 0.3]])
+def test_an_image_that_loses_its_boxes_bleeds_still(tmp_path, capsys, box):
+    assert tool("coco").main(coco_of(tmp_path, annotations=annotated(box))) == 0
+    told = capsys.readouterr()
+    assert "1 boxes were dropped" in told.err and "boxes dropped: 1 " in told.out
+    assert VocTree(tmp_path / "t").labels == {"a": 1}
+
+
+def test_ids_of_categories_are_the_same_in_all_exported_lists(tmp_path):
+    two = annotated([4, 5, 10, 12], category_id=4)
+    assert tool("coco").main(coco_of(tmp_path, annotations=two)) == 0
+    root = tmp_path / "t"
+    VocTree(root).write_lists({"train": ["b"], "val": ["a"]})
+    for name in ("train", "val"):
+        assert tool("coco").main(["export", str(root), name, "--output", str(root / name)]) == 0
+    train, val = (json.loads((root / name).read_text()) for name in ("train", "val"))
+    assert train["categories"] == val["categories"] == [{"id": 1, "name": "SDH"}]
+    assert val["annotations"][0]["category_id"] == 1
+
+
+def test_dicom_is_found_by_its_content(tmp_path, write_ct, capsys):
+    (tmp_path / "s/deep").mkdir(parents=True)
+    for name in ("ID_a.DCM", "deep/ID_b", "ID_c.dcm"):
+        write_ct(tmp_path / "s" / name, np.zeros((16, 16)), StudyInstanceUID="1.2")
+    (tmp_path / "s/._ID_a.DCM").write_bytes(b"\0\5\26\7" * 99)
+    lines = [f"ID_{n}_any,{label}" for n, label in (("a", 1), ("b", 0), ("c", 0), ("z", 1))]
+    (tmp_path / "labels.csv").write_text("\n".join(["ID,Label", *lines]))
+    args = [str(tmp_path / "s"), "--output", str(tmp_path / "t")]
+    assert tool("prepare_rsna").main([*args, "--labels", str(tmp_path / "labels.csv")]) == 0
+    assert VocTree(tmp_path / "t").labels == {"ID_a": 1, "ID_b": 0, "ID_c": 0}
+    assert "1 of 4 labelled images are not in" in capsys.readouterr().err
+
+
+def test_labelimg_takes_dicom_without_suffix(tmp_path, write_ct):
+    (tmp_path / "s").mkdir()
+    for name in ("IM1", "1.2.3.4", "IM2.DCM"):
+        write_ct(tmp_path / "s" / name, np.zeros((40, 48)), StudyInstanceUID="1.2")
+        write_voc(
+            tmp_path / f"s/{name.removesuffix('.DCM')}.xml",
+            filename=name, width=48, height=40, objects=[("SDH", (3, 4, 20, 30))],
+        )  # fmt: skip
+    args = [str(tmp_path / "s"), "--output", str(tmp_path / "t")]
+    assert tool("prepare_labelimg").main(args) == 0
+    assert set(boxes(tmp_path / "t")) == {"IM1", "1.2.3.4", "IM2"}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ich_det2.engine import cells
 from ich_det2.evaluation.diagnosis import roc_auc_score
+from ich_det2.experiments import cells
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/frcnn_effnet_lite0.yaml")

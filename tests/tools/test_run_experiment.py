@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ich_det2.engine import cells as cells_module
 from ich_det2.engine.config import load_config
 from ich_det2.evaluation.analysis import Settings
 from ich_det2.evaluation.boxes import voc_average_precision
 from ich_det2.evaluation.diagnosis import roc_auc_score
 from ich_det2.evaluation.evaluator import write_evaluation
 from ich_det2.evaluation.predictions import Predictions, read_predictions
+from ich_det2.experiments import cells as cells_module
 from ich_det2.experiments.cells import Cell, run_cells
 from ich_det2.experiments.experiment import build_cells
 
