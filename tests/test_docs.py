@@ -98,6 +98,16 @@ def resolve(dotted):
         found = getattr(found, part)
 
 
+def test_rooms_and_their_files_are_where_the_table_says():
+    text = (REPO / "docs" / "architecture.md").read_text()
+    rooms = dict(re.findall(r"^\| `ich_det2/(\w+)/` \| (.*) \|$", text, re.M))
+    package = REPO / "ich_det2"
+    assert rooms.keys() == {path.parent.name for path in package.glob("*/__init__.py")}
+    for room, words in rooms.items():
+        for name in re.findall(r"`(\w+(?:\.py|/))`", words):
+            assert (package / room / name).exists(), f"{room}/{name}"
+
+
 def test_every_stable_name_is_on_the_page_of_the_api():
     text = (REPO / "docs" / "api.md").read_text()
     for name in importlib.import_module("ich_det2").__all__:
