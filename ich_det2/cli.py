@@ -54,6 +54,14 @@ def silence_libraries() -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keeps libraries quiet while they are imported, which is before :func:`guard` can."""
+    with warnings.catch_warnings():
+        silence_libraries()
+        yield
+
+
 def warn(message: str) -> None:
     """Says on stderr something that a person should know."""
     print(f"warning: {message}", file=sys.stderr)

@@ -5,80 +5,179 @@
     python tools/train_net.py --config-file output/csfrcnn_r50/config.yaml --eval-only \\
         MODEL.WEIGHTS output/csfrcnn_r50/model_best.pth
 
-In OUTPUT_DIR: config.yaml with the anchors used, model_best.pth by validation, model_final.pth,
-operating_point.json (the threshold, chosen on validation), metrics.json and TensorBoard events,
-diagnosis_history.csv and .png, and for each dataset inference/<dataset>/ with report.html,
-report.json, image_scores.csv, lesions.csv, diagnosis_thresholds.csv, diagnosis.json,
-coco_instances_results.json and the curves. Without a GPU, --num-gpus N runs N processes on the CPU.
+In OUTPUT_DIR: config.yaml and run.json, what the model is trained with, the anchors too;
+model_best.pth by validation, model_final.pth, operating_point.json (the threshold, chosen on
+validation), metrics.json and TensorBoard events, diagnosis_history.csv and .png, and for each
+dataset inference/<dataset>/ with report.html, report.json, image_scores.csv, lesions.csv,
+diagnosis_thresholds.csv, diagnosis.json, coco_instances_results.json and the curves. An evaluation
+with other settings or data than the record's is written to OUTPUT_DIR/what_if/<name>/.
+
+Ctrl-C and SIGTERM save a checkpoint; the same command with --resume goes on from it, also with
+another schedule or batch. Without a GPU, --num-gpus N runs N processes on the CPU.
 """
 
+import multiprocessing
+import os
+import signal
 import sys
 from pathlib import Path
 
-from detectron2.engine import default_argument_parser, default_setup, launch
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
+from ich_det2.cli import guard, log_to_terminal, quiet_imports, silence_libraries
 
-from ich_det2.cli import log_to_terminal
-from ich_det2.data import register_ich_datasets
-from ich_det2.engine import IchCheckpointer, IchTrainer
-from ich_det2.engine.checks import check_config
-from ich_det2.engine.config import context_settings, load_config
-from ich_det2.engine.operating_point import check_operating_point, find_operating_point
-from ich_det2.engine.report import write_reports
+with quiet_imports():
+    import torch
+    from detectron2.engine import default_argument_parser, launch
+    from detectron2.evaluation import verify_results
+    from detectron2.utils import comm
+    from detectron2.utils.collect_env import collect_env_info
+    from detectron2.utils.env import seed_all_rng
+    from detectron2.utils.logger import setup_logger
+    from torch.multiprocessing import ProcessExitedException
+
+    from ich_det2.data import register_ich_datasets
+    from ich_det2.engine import IchCheckpointer, IchTrainer
+    from ich_det2.engine.checks import check_config, check_processes
+    from ich_det2.engine.config import context_settings, load_config
+    from ich_det2.engine.operating_point import find_operating_point
+    from ich_det2.engine.report import write_reports
+    from ich_det2.engine.run_folder import RunFolder
+    from ich_det2.engine.signals import Interrupted, on_signals
 
 
-def train(args, cfg) -> dict:
-    """Trains and tests, or only tests, in each of the launched processes."""
+def train(args, cfg, stopped=None) -> dict:
+    """Trains and tests, or only tests, in each of the launched processes.
+
+    Args:
+        args: of Detectron2's command line.
+        cfg: checked and complete.
+        stopped: takes the number of the signal that ended the training.
+    """
+    silence_libraries()
     # Spawned processes start with empty registries of data.
     register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ich_det2")
     if args.eval_only:
-        model = IchTrainer.build_model(cfg)
-        checkpointer = IchCheckpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        if args.resume and checkpointer.has_checkpoint():
-            weights = checkpointer.get_checkpoint_file()
-        else:
-            weights = cfg.MODEL.WEIGHTS
-        cfg.defrost()
-        point = find_operating_point(cfg, Path(weights))
-        results = IchTrainer.test(cfg, model)
-        if comm.is_main_process():
-            write_reports(cfg, point)
-            verify_results(cfg, results)
-        return results
+        return evaluate(args, cfg)
+    run = RunFolder(cfg.OUTPUT_DIR)
+    resume = args.resume and run.checkpoint() is not None
+    if comm.is_main_process() and not resume:
+        run.begin(cfg)
+    comm.synchronize()
+    set_up(args, cfg)
     trainer = IchTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    trainer.resume_or_load(resume=resume)
+    if comm.is_main_process() and resume:
+        run.note_resumed(cfg, trainer.start_iter)
+    try:
+        trainer.train()
+    except Interrupted as stop:
+        if stopped is None:
+            raise
+        stopped.value = stop.number
+        return {}
     return trainer.test_best()
+
+
+def evaluate(args, cfg) -> dict:
+    """Tests trained weights."""
+    run, weights = RunFolder(cfg.OUTPUT_DIR), Path(cfg.MODEL.WEIGHTS)
+    trained = RunFolder.beside(weights)
+    set_up(args, cfg)
+    model = IchTrainer.build_model(cfg)
+    IchCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    cfg.defrost()
+    point = find_operating_point(cfg, weights)
+    if comm.is_main_process():
+        run.begin_evaluation(cfg, trained.answers_differ(cfg), point)
+    comm.synchronize()
+    results = IchTrainer.test(cfg, model)
+    if comm.is_main_process():
+        write_reports(cfg, point, trained)
+        verify_results(cfg, results)
+    return results
+
+
+def set_up(args, cfg) -> None:
+    """As Detectron2's ``default_setup``, but for config.yaml, which is the run's record."""
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    rank = comm.get_rank()
+    for name in ("fvcore", "ich_det2", "detectron2"):
+        logger = setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    logger.info(f"Rank of current process: {rank}. World size: {comm.get_world_size()}")
+    logger.info("Environment info:\n" + collect_env_info())
+    logger.info(f"Command line arguments: {args}")
+    logger.info(f"Running with full config:\n{cfg.dump()}")
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    # Its overhead is large for an evaluation.
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+
+
+def run(args) -> int:
+    """Checks everything, then launches the processes; returns the exit code.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence with the remedy.
+    """
+    processes = args.num_gpus * args.num_machines
+    with log_to_terminal():
+        check_processes(args.num_gpus, args.num_machines, args.machine_rank)
+        cfg = load_config(args.config_file, args.opts)
+        check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_processes=processes)
+    cfg.freeze()
+    try:
+        if processes == 1:
+            train(args, cfg)
+        else:
+            launch_all(args, cfg)
+    except Interrupted as stop:
+        print(
+            f"train_net.py: stopped by {signal.Signals(stop.number).name}; {cfg.OUTPUT_DIR} holds a"
+            " checkpoint, and the same command with --resume goes on from it.",
+            file=sys.stderr,
+        )
+        return 128 + stop.number
+    return 0
+
+
+def launch_all(args, cfg) -> None:
+    """Runs :func:`train` in several processes.
+
+    Raises:
+        Interrupted: if a signal ended the training.
+    """
+    # The processes have handlers of their own; a signal to this one alone is passed on.
+    stopped, received = multiprocessing.get_context("spawn").Value("i", 0), []
+
+    def pass_on(number: int) -> None:
+        received.append(number)
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+    with on_signals(pass_on):
+        try:
+            launch(
+                train,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, cfg, stopped),
+            )
+        except ProcessExitedException:  # by a signal before there was anything to save
+            if not received:
+                raise
+    if stopped.value:
+        raise Interrupted(stopped.value)
+    if received:
+        raise KeyboardInterrupt
 
 
 def main(argv=None) -> int:
     args = default_argument_parser(epilog=__doc__).parse_args(argv)
-    num_processes = args.num_gpus * args.num_machines
-    try:
-        with log_to_terminal():
-            cfg = load_config(args.config_file, args.opts)
-            check_operating_point(cfg)
-            check_config(
-                cfg, eval_only=args.eval_only, resume=args.resume, num_processes=num_processes
-            )
-    except (FileNotFoundError, ValueError) as error:
-        print(f"train_net.py: error: {error}", file=sys.stderr)
-        return 2
-    cfg.freeze()
-    launch(
-        train,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, cfg),
+    return guard(
+        "train_net.py",
+        lambda: run(args),
+        interrupted="what was trained is in OUTPUT_DIR; the same command with --resume goes on.",
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.structures import BoxMode
 
 from ..anchors.clustering import (
     AnchorPairs,
@@ -19,7 +20,8 @@ from ..anchors.clustering import (
 from ..data.dicom import read_spacing
 from ..data.mapper import pixel_ratio
 from ..modeling.anchor_generator import anchors_given
-from .config import is_classifier, load_config
+from .config import is_classifier, is_retinanet
+from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def anchor_settings(cfg: CfgNode, anchors: Anchors | AnchorPairs) -> dict[str, l
 def anchor_levels(cfg: CfgNode) -> Sequence[str]:
     """Names of the feature maps that get anchors."""
     model = cfg.MODEL
-    head = model.RETINANET if model.META_ARCHITECTURE == "RetinaNet" else model.RPN
+    head = model.RETINANET if is_retinanet(cfg) else model.RPN
     return head.IN_FEATURES
 
 
@@ -144,7 +146,7 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
     boxes = []
     for name in datasets:
         for d in DatasetCatalog.get(name):
-            if not d["annotations"]:
+            if not d.get("annotations"):
                 continue
             path, ratio = d["file_name"], 1.0
             if path.lower().endswith(".dcm"):  # the mapper makes the pixels square first
@@ -154,30 +156,38 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
                 height, d["width"], short_edge, cfg.INPUT.MAX_SIZE_TRAIN
             )
             scale = resized / height
-            for x0, y0, x1, y1 in (a["bbox"] for a in d["annotations"]):
-                boxes.append(((x1 - x0) * scale, (y1 - y0) * ratio * scale))
+            for a in d["annotations"]:
+                box = np.array([a["bbox"]], dtype=float)
+                ((_, _, w, h),) = BoxMode.convert(box, a["bbox_mode"], BoxMode.XYWH_ABS)
+                boxes.append((w * scale, h * ratio * scale))
     return np.array(boxes).reshape(-1, 2)
 
 
-def take_trained_anchors(cfg: CfgNode) -> None:
+def take_trained_anchors(cfg: CfgNode, *folders: str | Path) -> None:
     """Fills open anchors with those a model was trained with: they are not in its checkpoint.
 
+    Args:
+        cfg: its anchors are filled in.
+        folders: of training runs, the first that knows is taken; by default that of MODEL.WEIGHTS,
+            then OUTPUT_DIR.
+
     Raises:
-        ValueError: if no config.yaml stands beside MODEL.WEIGHTS or in OUTPUT_DIR.
+        ValueError: if none has a record of the anchors.
     """
     if not needs_anchors(cfg):
         return
-    folders = [Path(cfg.MODEL.WEIGHTS).parent, Path(cfg.OUTPUT_DIR)]
-    for path in (folder / "config.yaml" for folder in folders):
-        if path.is_file():
-            trained = load_config(path)
-            if not needs_anchors(trained):
-                for key in ("CLUSTERS", "SIZES", "ASPECT_RATIOS", "PAIRS"):
-                    cfg.MODEL.ANCHOR_GENERATOR[key] = trained.MODEL.ANCHOR_GENERATOR[key]
-                logger.info("Anchors taken from %s.", path)
-                return
+    runs = [RunFolder(path) for path in folders]
+    runs = runs or [RunFolder.beside(cfg.MODEL.WEIGHTS), RunFolder(cfg.OUTPUT_DIR)]
+    for run in runs:
+        trained = run.read_config() if run.config.is_file() else None
+        if trained is not None and not needs_anchors(trained):
+            for key in ("CLUSTERS", "SIZES", "ASPECT_RATIOS", "PAIRS"):
+                cfg.MODEL.ANCHOR_GENERATOR[key] = trained.MODEL.ANCHOR_GENERATOR[key]
+            logger.info("Anchors taken from %s.", run.config)
+            return
+    places = " or in ".join(f"'{run.path}'" for run in runs)
     raise ValueError(
-        "the config leaves the anchors of MODEL.ANCHOR_GENERATOR open, and there is no config.yaml"
-        f" with the trained anchors beside MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' or in"
-        f" '{cfg.OUTPUT_DIR}'; use --config-file with the config.yaml of the training run."
+        "the config leaves the anchors of MODEL.ANCHOR_GENERATOR open, and there is no"
+        f" {runs[0].config.name} with the trained anchors in {places}; use --config-file with that"
+        " of the training run."
     )

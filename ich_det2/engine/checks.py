@@ -1,88 +1,293 @@
 """The checks of a run, before anything is written."""
 
+import difflib
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
+from ..evaluation.evaluator import metric_names
 from ..modeling.backbone.timm_backbone import pretrained_state_dict
 from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
 from .anchors import fill_anchors, take_trained_anchors
-from .checkpoint import LIBRARY_PREFIXES, TIMM_PREFIX, TORCHVISION_PREFIX
-from .config import context_settings, first_line, is_classifier
+from .checkpoint import LIBRARY_PREFIXES, TIMM_PREFIX, TORCHVISION_PREFIX, IchCheckpointer
+from .config import (
+    class_count_key,
+    context_settings,
+    first_line,
+    flatten,
+    is_classifier,
+)
+from .operating_point import check_operating_point
+from .partitions import ROLES, overlaps
+from .run_folder import RunFolder, in_words
 
 logger = logging.getLogger(__name__)
 
+CHANNELS = 3
+"""Of the mapper's images."""
+
+_INF = math.inf
+# Key: the least and the greatest value of numbers, or of each in a list, which may not be empty.
+_RANGES: dict[str, tuple[float, float]] = {
+    "SOLVER.MAX_ITER": (1, _INF),
+    "SOLVER.IMS_PER_BATCH": (1, _INF),
+    "SOLVER.BASE_LR": (0, _INF),
+    "SOLVER.CHECKPOINT_PERIOD": (1, _INF),
+    "SOLVER.WARMUP_ITERS": (0, _INF),
+    "DATALOADER.NUM_WORKERS": (0, _INF),
+    "INPUT.MIN_SIZE_TRAIN": (1, _INF),
+    "INPUT.MAX_SIZE_TRAIN": (1, _INF),
+    "INPUT.MIN_SIZE_TEST": (0, _INF),
+    "INPUT.MAX_SIZE_TEST": (1, _INF),
+    "INPUT.AUG.EXPAND": (1, _INF),
+    "MODEL.PIXEL_MEAN": (-_INF, _INF),
+    "MODEL.PIXEL_STD": (-_INF, _INF),
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, _INF),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, _INF),
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": (0, 1),
+    "MODEL.CLASSIFIER.INPUT_SIZE": (1, _INF),
+    "TEST.EVAL_PERIOD": (0, _INF),
+    "TEST.BATCH_SIZE": (1, _INF),
+    "TEST.DIAGNOSIS.THRESHOLDS": (0, 1),
+    "TEST.DIAGNOSIS.OPERATING_THRESHOLD": (0, 1),
+    "TEST.DIAGNOSIS.RESAMPLES": (1, _INF),
+    "TEST.DIAGNOSIS.PATIENCE": (0, _INF),
+}
+# Of these, what must be more than its least value.
+_POSITIVE = {"SOLVER.BASE_LR", "TEST.DIAGNOSIS.OPERATING_THRESHOLD"}
+
 
 def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: int = 1) -> None:
-    """Finds out, before anything is written, whether a run can work; completes the anchors.
+    """Finds out, before anything is written, whether a run can work; completes the config.
 
-    Data are read and their files' headers checked, the model is built once, weights are looked
-    for. Anchors that the config leaves open are clustered from the training boxes.
+    Values, data and their files' headers are checked, the model is built once, weights are looked
+    for. Anchors that the config leaves open are clustered from the training boxes, or taken from
+    the trained run. An evaluation of the last checkpoint gets it as ``MODEL.WEIGHTS``.
 
     Args:
-        cfg: of :func:`load_config`; its anchors are filled in.
+        cfg: of :func:`load_config`; it is completed.
         eval_only: only DATASETS.TEST is needed, and trained weights.
-        resume: training goes on from OUTPUT_DIR if there is a checkpoint.
+        resume: the training in OUTPUT_DIR goes on, or its last checkpoint is evaluated, if there
+            is one.
         num_processes: over which a batch is split.
 
     Raises:
         FileNotFoundError, ValueError: one sentence with the remedy.
     """
-    resume = resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file()
+    check_values(cfg)
+    run = RunFolder(cfg.OUTPUT_DIR)
+    run.check_writable()
+    checkpoint = run.checkpoint() if resume else None
+    if eval_only and checkpoint is not None:
+        cfg.MODEL.WEIGHTS = str(checkpoint)
+    continues = checkpoint is not None and not eval_only
+    if not eval_only:
+        _check_training(cfg, num_processes)
+        if not resume:
+            run.check_free()
+    if continues or eval_only:
+        trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
+        if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS:
+            _thaw(cfg)
+    if continues:
+        take_trained_anchors(cfg, run.path)
+        run.check_continues(cfg)
+    _check_data(cfg, eval_only)
+    if not eval_only:
+        _check_best_metric(cfg)
+    IchDatasetMapper(cfg, is_train=not eval_only)
+    if eval_only:
+        take_trained_anchors(cfg)
+    elif not continues:
+        thaw_without_weights(cfg)
+        fill_anchors(cfg)
+    try:
+        model = build_model(cfg)
+    except (KeyError, AssertionError) as error:
+        raise ValueError(f"{first_line(error)}.") from error
+    if continues:
+        check_fits(model, checkpoint)
+        return
+    if cfg.MODEL.WEIGHTS == f"{TORCHVISION_PREFIX}resnet50" and cfg.MODEL.RESNETS.STRIDE_IN_1X1:
+        raise ValueError(
+            f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}', whose stride is in the 3x3 convolutions;"
+            " set MODEL.RESNETS.STRIDE_IN_1X1 False, and MODEL.PIXEL_MEAN and PIXEL_STD to"
+            " ImageNet's of RGB images (see tools/convert_weights.py --help)."
+        )
+    check_weights(cfg.MODEL.WEIGHTS, trained=eval_only)
+    if cfg.MODEL.WEIGHTS and not cfg.MODEL.WEIGHTS.startswith(LIBRARY_PREFIXES):
+        check_fits(model, cfg.MODEL.WEIGHTS, whole=eval_only)
+    if eval_only:
+        _place_evaluation(cfg, run, trained)
+
+
+def _place_evaluation(cfg: CfgNode, run: RunFolder, trained: RunFolder) -> None:
+    if differs := trained.answers_differ(cfg):
+        logger.warning("A what-if: the model was trained with %s.", in_words(differs))
+    place = run.place_of(cfg)
+    if place is not run:
+        logger.warning("The results are written to %s.", place.path)
+        cfg.OUTPUT_DIR = str(place.path)
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Values that Detectron2 takes, but that a run would fail by, or ignore.
+
+    Raises:
+        ValueError: naming the key, what it is and what is expected.
+    """
+    flat = flatten(cfg)
+    for key, (least, most) in _RANGES.items():
+        value, strict = flat[key], key in _POSITIVE
+        several = isinstance(value, (list, tuple))
+        numbers = value if several else [value]
+        good = all(
+            _is_number(n) and least <= n <= most and (n > least or not strict) for n in numbers
+        )
+        if not good or not numbers:
+            ends = [
+                f"above {least:g}" if strict else f"of at least {least:g}" if least > -_INF else ""
+            ]
+            ends += [f"at most {most:g}"] if most < _INF else []
+            words = " and ".join(filter(None, ends))
+            kind = "one number or more" if several else "a number"
+            raise ValueError(f"{key} is {value!r}, expected {kind} {words}".rstrip() + ".")
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != CHANNELS:
+            raise ValueError(
+                f"MODEL.{key} has {len(cfg.MODEL[key])} values {list(cfg.MODEL[key])}, expected"
+                f" {CHANNELS}: images have {CHANNELS} channels, whatever INPUT.WINDOWS is."
+            )
+    windows = cfg.INPUT.WINDOWS
+    if not all(_is_number(n) for window in windows for n in np.ravel(window).tolist()):
+        raise ValueError(f"INPUT.WINDOWS is {windows}, expected pairs of numbers [level, width].")
+    names = cfg.DATASETS.ICH_CLASSES
+    if (
+        not names
+        or not all(isinstance(n, str) and n for n in names)
+        or len(set(names)) < len(names)
+    ):
+        raise ValueError(f"DATASETS.ICH_CLASSES is {names}, expected different names, one or more.")
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR is empty, expected a folder to write to.")
+    for role in ROLES:
+        sets = cfg.DATASETS[role]
+        if not all(isinstance(name, str) for name in sets) or len(set(sets)) < len(sets):
+            raise ValueError(f"DATASETS.{role} is {sets}, expected names of data sets, each once.")
+    check_operating_point(cfg)
+
+
+def _is_number(value) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def check_processes(num_gpus: int, num_machines: int, machine_rank: int) -> None:
+    """The number of processes that a command line asks for.
+
+    Raises:
+        ValueError: if it cannot be had.
+    """
+    if num_gpus < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"--num-gpus is {num_gpus}, --num-machines {num_machines}, --machine-rank"
+            f" {machine_rank}; expected at least one process on one machine, and a rank below the"
+            " number of machines (MODEL.DEVICE cpu goes without a GPU)."
+        )
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise ValueError(
+            f"--num-gpus is {num_gpus}, but there are {torch.cuda.device_count()}; give as many at"
+            " most (CUDA_VISIBLE_DEVICES '' runs that many processes on the CPU)."
+        )
+
+
+def _check_training(cfg: CfgNode, num_processes: int) -> None:
+    for role in ("TRAIN", "VAL"):
+        if not cfg.DATASETS[role]:
+            raise ValueError(f"DATASETS.{role} is empty, expected e.g. ('ich_{role.lower()}',).")
     if cfg.SOLVER.IMS_PER_BATCH % num_processes:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, expected a multiple of the"
             f" {num_processes} processes."
         )
-    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
-    splits = () if eval_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL)
-    patients: dict[str, str] = {}
-    for name in dict.fromkeys((*splits, *cfg.DATASETS.TEST)):
-        if name not in DatasetCatalog:
-            raise ValueError(
-                f"dataset '{name}' is not registered, expected one of"
-                f" {sorted(n for n in DatasetCatalog.list() if n.startswith('ich_'))}."
-            )
-        dicts = DatasetCatalog.get(name)
-        if name.startswith("ich_"):
-            check_images(dicts)
-            for patient in {d["patient_id"] for d in dicts}:
-                if patients.setdefault(patient, name) != name:
-                    logger.warning(
-                        "Patient '%s' is in %s and in %s: the evaluation is too optimistic.",
-                        patient,
-                        patients[patient],
-                        name,
-                    )
-    if not eval_only and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise ValueError("SOLVER.AMP.ENABLED is True, which needs a GPU; set it to False.")
+    if cfg.TEST.DIAGNOSIS.PATIENCE and not cfg.TEST.EVAL_PERIOD:
+        raise ValueError(
+            f"TEST.DIAGNOSIS.PATIENCE is {cfg.TEST.DIAGNOSIS.PATIENCE}, but TEST.EVAL_PERIOD 0"
+            " validates after the last iteration only; set a period, or PATIENCE 0."
+        )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         logger.warning(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True: no healthy slice is trained on."
         )
-    IchDatasetMapper(cfg, is_train=not eval_only)
-    if not eval_only:
-        thaw_without_weights(cfg)
-    if eval_only or resume:
-        take_trained_anchors(cfg)
-    else:
-        fill_anchors(cfg)
-    try:
-        build_model(cfg)
-    except (KeyError, AssertionError) as error:
-        raise ValueError(first_line(error)) from error
-    if not resume:
-        if cfg.MODEL.WEIGHTS == f"{TORCHVISION_PREFIX}resnet50" and cfg.MODEL.RESNETS.STRIDE_IN_1X1:
-            raise ValueError(
-                f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}', whose stride is in the 3x3 convolutions;"
-                " set MODEL.RESNETS.STRIDE_IN_1X1 False, and MODEL.PIXEL_MEAN and PIXEL_STD to"
-                " ImageNet's of RGB images (see tools/convert_weights.py --help)."
-            )
-        check_weights(cfg.MODEL.WEIGHTS, trained=eval_only)
+
+
+def _check_data(cfg: CfgNode, eval_only: bool) -> None:
+    """Data sets are there and fit the model, their images can be read; says who is in two roles."""
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
+    roles = ("TEST",) if eval_only else ROLES
+    if eval_only and not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty, expected the data set to evaluate on.")
+    known, read = DatasetCatalog.list(), {}
+    for name in dict.fromkeys(name for role in roles for name in cfg.DATASETS[role]):
+        if name not in known:
+            ours = sorted(n for n in known if n.startswith("ich_"))
+            raise ValueError(f"dataset '{name}' is not registered, expected one of {ours}.")
+        read[name] = DatasetCatalog.get(name)
+        check_images(read[name])
+        _check_classes(cfg, name)
+    for first, other, shared in overlaps(cfg, roles, read.__getitem__):
+        patient = min(shared)
+        logger.warning(
+            "DATASETS.%s and DATASETS.%s share patients, %d of them, e.g. '%s' is in %s and in %s:"
+            " the evaluation is too optimistic.",
+            *(first, other, len(shared), patient, *shared[patient]),
+        )
+
+
+def _check_classes(cfg: CfgNode, name: str) -> None:
+    key = class_count_key(cfg)
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if key and classes is not None and flatten(cfg)[key] != len(classes):
+        whose = " of DATASETS.ICH_CLASSES" if name.startswith("ich_") else ""
+        raise ValueError(
+            f"{key} is {flatten(cfg)[key]}, but data set '{name}' has {len(classes)} classes"
+            f" {list(classes)}{whose}; give as many, or leave {key} out."
+        )
+
+
+def _check_best_metric(cfg: CfgNode) -> None:
+    metric, sets = cfg.TEST.DIAGNOSIS.BEST_METRIC, cfg.DATASETS.VAL
+    names = [
+        # As DefaultTrainer.test names the results of several data sets.
+        f"{name}/{metric}" if len(sets) > 1 else metric
+        for name in sets
+        for metric in metric_names(None if is_classifier(cfg) else _classes_of(cfg, name))
+    ]
+    if metric not in names:
+        close = ", ".join(difflib.get_close_matches(metric, names, 3, 0))
+        raise ValueError(
+            f"TEST.DIAGNOSIS.BEST_METRIC is '{metric}', which validation on {', '.join(sets)} does"
+            f" not give; expected a metric such as {close}."
+        )
+
+
+def _classes_of(cfg: CfgNode, name: str) -> Sequence[str]:
+    return MetadataCatalog.get(name).get("thing_classes", cfg.DATASETS.ICH_CLASSES)
+
+
+# ---- weights ---------------------------------------------------------------------------------
 
 
 def thaw_without_weights(cfg: CfgNode) -> None:
@@ -93,13 +298,57 @@ def thaw_without_weights(cfg: CfgNode) -> None:
     frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
     if cfg.MODEL.WEIGHTS or not frozen or is_classifier(cfg):
         return
+    _thaw(cfg)
+    logger.warning(
+        "MODEL.WEIGHTS is empty: training starts from random weights, so no layer and no batch norm"
+        " of the backbone is frozen."
+    )
+
+
+def _thaw(cfg: CfgNode) -> None:
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.TIMM.FREEZE_BN = False
     cfg.MODEL.TORCHVISION.FREEZE_BN = False
+
+
+class _Loader(IchCheckpointer):
+    """Notes what does not fit in place of logging it."""
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        self.incompatible = incompatible
+
+
+def check_fits(model, weights: str | Path, *, whole: bool = True) -> None:
+    """Whether weights are a model's.
+
+    Args:
+        model: as the config builds it; the weights are loaded into it.
+        weights: what ``MODEL.WEIGHTS`` takes, but for a library's.
+        whole: a tensor that is missing or of another shape is an error; without it, other shapes
+            are warned of, as a fine-tuning starts them at random.
+
+    Raises:
+        ValueError: naming a tensor.
+    """
+    loader = _Loader(model)
+    loader.load(str(weights))
+    shapes, missing = loader.incompatible.incorrect_shapes, loader.incompatible.missing_keys
+    if not shapes and not (missing and whole):
+        return
+    if shapes:
+        name, there, here = shapes[0]
+        what = f"'{name}' is sized {tuple(there)}, in the config's model {tuple(here)}"
+    else:
+        what = f"'{missing[0]}' is missing"
+    if whole:
+        raise ValueError(
+            f"{weights}: is of another model than the config ({what}, {len(shapes) + len(missing)}"
+            " tensors in all); give the network, classes and anchors that it was trained with, as"
+            " in the config.yaml of its training run."
+        )
     logger.warning(
-        "MODEL.WEIGHTS is empty: training starts from random weights, so no layer and no batch norm"
-        " of the backbone is frozen."
+        "%s: %d tensors are of another shape (%s) and start at random.", weights, len(shapes), what
     )
 
 

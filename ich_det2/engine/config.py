@@ -1,22 +1,54 @@
-"""From a command line to a config: read, with what follows from it filled in."""
+"""From a command line to a config: read, with what follows from it filled in; and two configs
+compared."""
 
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 
 from ..config import add_ich_config
 
 logger = logging.getLogger(__name__)
 
+# Where and how fast a model runs, not what it is or answers.
+_PLACE = frozenset(
+    "OUTPUT_DIR MODEL.DEVICE DATALOADER.NUM_WORKERS INPUT.CACHE_DIR TEST.BATCH_SIZE CUDNN_BENCHMARK"
+    " VIS_PERIOD VERSION".split()
+)
+# What a training may be continued with, its record unchanged.
+_CONTINUABLE = _PLACE | frozenset(
+    "MODEL.WEIGHTS DATASETS.ICH_ROOT DATASETS.TEST SOLVER.MAX_ITER SOLVER.STEPS"
+    " SOLVER.BASE_LR SOLVER.BASE_LR_END SOLVER.GAMMA SOLVER.NUM_DECAYS SOLVER.RESCALE_INTERVAL"
+    " SOLVER.WARMUP_ITERS SOLVER.WARMUP_FACTOR SOLVER.WARMUP_METHOD SOLVER.MOMENTUM"
+    " SOLVER.CHECKPOINT_PERIOD SOLVER.IMS_PER_BATCH SOLVER.REFERENCE_WORLD_SIZE TEST.EVAL_PERIOD"
+    " TEST.EXPECTED_RESULTS TEST.DIAGNOSIS.BEST_METRIC TEST.DIAGNOSIS.PATIENCE"
+    " TEST.DIAGNOSIS.RESAMPLES TEST.DIAGNOSIS.THRESHOLDS SOLVER.CLIP_GRADIENTS.ENABLED"
+    " SOLVER.CLIP_GRADIENTS.CLIP_TYPE SOLVER.CLIP_GRADIENTS.CLIP_VALUE"
+    " SOLVER.CLIP_GRADIENTS.NORM_TYPE".split()
+)
+_ANSWERS = re.compile(r"(INPUT|MODEL|TEST)\.|DATASETS\.ICH_CLASSES$")
+# Of these, what only a training reads, or only a table.
+_NO_ANSWERS = re.compile(
+    r"INPUT\.(AUG|CROP)\.|INPUT\.RANDOM_FLIP|MODEL\.WEIGHTS|MODEL\.ANCHOR_GENERATOR\.CLUSTERS"
+    r"|.*_TRAIN(ING|_SAMPLING)?$|.*FREEZE|.*\.(COST|SAMPLER)\.|.*LOSS|.*(BATCH_SIZE_PER_IMAGE"
+    r"|POSITIVE_FRACTION|IOU_THRESHOLDS|IOUS|PRIOR_PROB|POS_WEIGHT|BN_MOMENTUM)$"
+    r"|TEST\.(EVAL_PERIOD|EXPECTED_RESULTS)"
+    r"|TEST\.DIAGNOSIS\.(BEST_METRIC|PATIENCE|RESAMPLES|THRESHOLDS)$"
+)
+_UNSET = -1
+
 
 def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     """Reads a config file and ``KEY VALUE`` pairs on top of all defaults.
 
-    Without a GPU, ``MODEL.DEVICE`` becomes "cpu".
+    Without a GPU, ``MODEL.DEVICE`` becomes "cpu". The model's number of classes, unless it is
+    given, is that of ``DATASETS.ICH_CLASSES``.
 
     Args:
         config_file: YAML; "" for the defaults alone.
@@ -28,30 +60,66 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_ich_config(cfg)
+    stock = {key: flatten(cfg)[key] for key in _CLASS_COUNTS}
+    cfg.merge_from_list([x for key in _CLASS_COUNTS for x in (key, _UNSET)])
     if config_file:
         if not Path(config_file).is_file():
             raise FileNotFoundError(f"--config-file '{config_file}' is no file; see configs/.")
         try:
             # Never YAML that could run code.
             cfg.merge_from_file(str(config_file), allow_unsafe=False)
-        except (KeyError, AssertionError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{config_file}: {first_line(error)}") from error
+        except _NO_CONFIG as error:
+            raise ValueError(f"{config_file}: {first_line(error)}.") from error
     try:
         cfg.merge_from_list(list(opts))
-    except (KeyError, AssertionError, ValueError) as error:
-        raise ValueError(f"command line, KEY VALUE pairs: {first_line(error)}") from error
+    except _NO_CONFIG as error:
+        raise ValueError(f"command line, KEY VALUE pairs: {first_line(error)}.") from error
     if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
         logger.warning(
             "MODEL.DEVICE is '%s', but there is no GPU: using the CPU.", cfg.MODEL.DEVICE
         )
         cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(cfg.DATASETS.ICH_CLASSES)
+    _count_classes(cfg, opts[::2], stock)
     return cfg
+
+
+_NO_CONFIG = (KeyError, AssertionError, ValueError, AttributeError, TypeError, yaml.YAMLError)
+_CLASS_COUNTS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+
+
+def _count_classes(cfg: CfgNode, given: Sequence[str], stock: Mapping[str, int]) -> None:
+    """Fills in the numbers of classes that neither a person nor a record has given."""
+    number = len(cfg.DATASETS.ICH_CLASSES)
+    for name in cfg.DATASETS.TRAIN:
+        if not str(name).startswith("ich_") and name in MetadataCatalog.list():
+            number = len(MetadataCatalog.get(name).get("thing_classes", cfg.DATASETS.ICH_CLASSES))
+    read = class_count_key(cfg)
+    for key in _CLASS_COUNTS:
+        value = flatten(cfg)[key]
+        # 1 is what Base-ICH.yaml says, for those who read it without this function.
+        if key in given or value not in (_UNSET, 1):
+            continue
+        if key == read and value == 1 != number:
+            logger.warning("%s becomes %d, the number of classes of the data.", key, number)
+        number_here = number if key == read or "ROI_HEADS" in key else stock[key]
+        cfg.merge_from_list([key, number_here])
+
+
+def class_count_key(cfg: CfgNode) -> str:
+    """The key of the number of classes that the model is built with; "" for a classifier."""
+    if is_classifier(cfg):
+        return ""
+    return _CLASS_COUNTS[is_retinanet(cfg)]
 
 
 def is_classifier(cfg: CfgNode) -> bool:
     """Whether the model scores whole images, without boxes."""
     return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+
+
+def is_retinanet(cfg: CfgNode) -> bool:
+    """Whether the model is Detectron2's RetinaNet, which has no second stage."""
+    return cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
 
 
 def context_settings(cfg: CfgNode) -> dict:
@@ -65,3 +133,51 @@ def first_line(error: BaseException) -> str:
     # str(KeyError) is a quoted repr.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# ---- two configs -----------------------------------------------------------------------------
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict:
+    """Nested mappings as one, its keys joined by dots."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def plain_settings(cfg: CfgNode) -> dict:
+    """A config as key -> plain value, but for where it runs."""
+    settings = {key: value for key, value in flatten(cfg).items() if key not in _PLACE}
+    return json.loads(json.dumps(settings))  # tuples become lists, as in a file
+
+
+Differences = dict[str, tuple[object, object]]
+
+
+def differences(before: CfgNode | Mapping, now: CfgNode | Mapping) -> Differences:
+    """Keys that both configs have, with their two values where these differ.
+
+    Args:
+        before, now: configs, or what :func:`plain_settings` made of them.
+    """
+    before, now = (plain_settings(c) if isinstance(c, CfgNode) else c for c in (before, now))
+    shared = (key for key in now if key in before)
+    return {key: (before[key], now[key]) for key in shared if before[key] != now[key]}
+
+
+def not_continuable(differs: Differences) -> Differences:
+    """Of differences those that a training cannot be continued with."""
+    return {key: values for key, values in differs.items() if key not in _CONTINUABLE}
+
+
+def change_answers(differs: Differences) -> Differences:
+    """Of differences those that may change what a trained model answers, or how it is judged."""
+    return {
+        key: values
+        for key, values in differs.items()
+        if _ANSWERS.match(key) and not _NO_ANSWERS.match(key)
+    }

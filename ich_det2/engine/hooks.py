@@ -11,9 +11,8 @@ from detectron2.utils import comm
 
 from ..evaluation.plots import plot_history
 from ..files import write_atomically, write_csv
-from .report import HISTORY, read_history
+from .run_folder import RunFolder
 
-BEST_CHECKPOINT = "model_best"
 LOWER_IS_BETTER = ("expected_cost", "_fp", "_fn")
 """Ends of the names of metrics whose smallest value is the best."""
 
@@ -21,8 +20,8 @@ LOWER_IS_BETTER = ("expected_cost", "_fp", "_fn")
 class DiagnosisHook(hooks.EvalHook):
     """Validates every ``eval_period`` iterations and after the last one.
 
-    The metrics go to the event storage (TensorBoard), and their course to
-    ``diagnosis_history.csv`` and ``diagnosis_history.png`` in the output folder.
+    The metrics go to the event storage (TensorBoard), and their course to the history in the run's
+    folder, as a table and a figure.
     """
 
     def __init__(self, eval_period: int, eval_function, output_dir: str | Path):
@@ -30,36 +29,38 @@ class DiagnosisHook(hooks.EvalHook):
         Args:
             eval_period: iterations; 0 validates after the last one only.
             eval_function: returns a nested dict of metrics, as an evaluator does.
-            output_dir: folder of the history's files.
+            output_dir: OUTPUT_DIR.
         """
         super().__init__(eval_period, lambda: self._record(eval_function()))
-        self._output_dir = Path(output_dir)
-        self._history: list[dict] = []
+        self._run = RunFolder(output_dir)
+        self._history: dict[int, dict] = {}
 
     def before_train(self):
         if self.trainer.start_iter > 0 and comm.is_main_process():
-            rows = read_history(self._output_dir)
-            self._history = [r for r in rows if r["iteration"] <= self.trainer.start_iter]
+            rows = self._run.read_history()
+            self._history = {
+                row["iteration"]: row for row in rows if row["iteration"] <= self.trainer.start_iter
+            }
 
     def _record(self, results: dict) -> dict:
         if comm.is_main_process() and results:
             # After the last iteration the trainer's counter stands one further.
             done = min(self.trainer.iter + 1, self.trainer.max_iter)
-            row = {"iteration": done, **flatten_results_dict(results)}
-            self._history.append(row)
-            self._output_dir.mkdir(parents=True, exist_ok=True)
-            fields = list(dict.fromkeys(key for row in self._history for key in row))
-            write_csv(self._output_dir / HISTORY, fields, self._history)
-            plot_history(self._history, self._output_dir / "diagnosis_history.png")
+            self._history[done] = {"iteration": done, **flatten_results_dict(results)}
+            rows = list(self._history.values())
+            self._run.path.mkdir(parents=True, exist_ok=True)
+            fields = list(dict.fromkeys(key for row in rows for key in row))
+            write_csv(self._run.history, fields, rows)
+            plot_history(rows, self._run.history_figure)
         return results
 
 
 class BestCheckpointer(hooks.BestCheckpointer):
-    """Keeps ``model_best.pth``, the model with the best validation metric.
+    """Keeps the model with the best validation metric.
 
     The largest value is the best, but for a cost. Unlike Detectron2's, a tie goes to the later
-    model (trained longer at equal quality), the record in ``model_best.json`` survives
-    ``--resume``, and ``last_checkpoint`` stays as it is.
+    model (trained longer at equal quality), the best value survives ``--resume``, and where that
+    goes on stays as it is.
     """
 
     def __init__(self, eval_period: int, checkpointer, val_metric: str):
@@ -70,9 +71,10 @@ class BestCheckpointer(hooks.BestCheckpointer):
             val_metric: e.g. "diagnosis/image_auc", "bbox/AP50" or
                 "diagnosis/patient_expected_cost".
         """
-        super().__init__(eval_period, checkpointer, val_metric, file_prefix=BEST_CHECKPOINT)
+        run = RunFolder(checkpointer.save_dir)
+        super().__init__(eval_period, checkpointer, val_metric, file_prefix=run.best.stem)
         self._sign = -1 if val_metric.endswith(LOWER_IS_BETTER) else 1
-        self._record = Path(checkpointer.save_dir) / f"{BEST_CHECKPOINT}.json"
+        self._record = run.best_value
 
     def before_train(self):
         if self.trainer.start_iter > 0 and self._record.is_file():

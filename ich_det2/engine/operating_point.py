@@ -8,9 +8,10 @@ from detectron2.config import CfgNode
 from ..evaluation.analysis import Settings
 from ..evaluation.diagnosis import parse_rule
 from ..evaluation.evaluator import write_evaluation
-from ..evaluation.operating_point import OPERATING_POINT, OperatingPoint, Rule
+from ..evaluation.operating_point import OperatingPoint, Rule
 from ..evaluation.predictions import Predictions, read_predictions
 from ..files import sha256
+from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +68,16 @@ def choose_operating_point(cfg: CfgNode, weights: Path) -> OperatingPoint:
         cfg: its OPERATING_THRESHOLD becomes the one chosen.
         weights: whose predictions stand in OUTPUT_DIR/inference.
     """
-    folders = [Path(cfg.OUTPUT_DIR) / "inference" / name for name in cfg.DATASETS.VAL]
+    folders = [RunFolder(cfg.OUTPUT_DIR).inference(name) for name in cfg.DATASETS.VAL]
     parts = [read_predictions(folder) for folder in folders]
     point = OperatingPoint.choose(
-        Predictions.joined(parts),
+        parts[0] if len(parts) == 1 else Predictions.joined(parts),
         build_settings(cfg),
         build_rule(cfg),
         dataset=", ".join(cfg.DATASETS.VAL),
         weights_sha256=sha256(weights),
     )
-    point.save(weights.parent / OPERATING_POINT)
+    point.save(RunFolder.beside(weights).operating_point)
     cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD = point.threshold
     logger.info(
         "Operating point by the rule %s on %s: %g.", point.rule, point.dataset, point.threshold
@@ -93,7 +94,7 @@ def find_operating_point(cfg: CfgNode, weights: Path) -> OperatingPoint | None:
 
     Args:
         cfg: its OPERATING_THRESHOLD becomes the locked one; one that was "fixed" leaves it.
-        weights: whose folder may hold ``operating_point.json``.
+        weights: whose folder may hold an operating point.
 
     Returns:
         None if there is none, or if it belongs to other weights (with a warning).
@@ -101,10 +102,11 @@ def find_operating_point(cfg: CfgNode, weights: Path) -> OperatingPoint | None:
     Raises:
         ValueError: naming the file, if it cannot be read.
     """
-    path = weights.parent / OPERATING_POINT
-    if not path.is_file() or not weights.is_file():
+    run = RunFolder.beside(weights)
+    weights, path = run.path / weights.name.partition("?")[0], run.operating_point
+    point = run.read_operating_point()
+    if point is None or not weights.is_file():
         return None
-    point = OperatingPoint.load(path)
     if point.weights_sha256 != sha256(weights):
         logger.warning(
             "%s belongs to other weights than %s: OPERATING_THRESHOLD %g is used.",

@@ -1,13 +1,9 @@
-"""The reports of a training run's evaluations, with what its config says of the method."""
+"""The reports of a training run's evaluations, with what its record says of the method."""
 
-import csv
-import json
+import functools
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
-import detectron2
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
@@ -15,33 +11,37 @@ from ..data.mapper import IchDatasetMapper
 from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
 from ..evaluation.report import Model, ReadImage, write_report
-from ..version import __version__
 from .config import is_classifier
 from .operating_point import build_settings
-
-HISTORY = "diagnosis_history.csv"
+from .partitions import ROLES, overlaps, patients_of
+from .run_folder import RunFolder, versions
 
 logger = logging.getLogger(__name__)
 
 
-def write_reports(cfg: CfgNode, point: OperatingPoint | None) -> None:
-    """Writes report.html and report.json of each of DATASETS.TEST from its stored predictions.
+def write_reports(
+    cfg: CfgNode, point: OperatingPoint | None, trained: RunFolder | None = None
+) -> None:
+    """Writes the report of each of DATASETS.TEST from its stored predictions.
 
     Args:
-        cfg: with the operating threshold.
+        cfg: with the operating threshold, and OUTPUT_DIR in which the predictions are.
         point: where that comes from.
+        trained: the run of the model, OUTPUT_DIR if None.
     """
-    folder = Path(cfg.OUTPUT_DIR)
+    run = RunFolder(cfg.OUTPUT_DIR)
+    trained = run if trained is None else trained
     for name in cfg.DATASETS.TEST:
-        inference = folder / "inference" / name
+        inference = run.inference(name)
         model = Model(
-            name=folder.resolve().name,
+            name=run.name,
             predictions=read_predictions(inference),
             settings=build_settings(cfg),
             point=point,
-            facts=training_facts(cfg),
-            history=read_history(folder),
-            training=read_metrics(folder),
+            facts=training_facts(cfg, trained),
+            history=trained.read_history(),
+            training=trained.read_metrics(),
+            differs=trained.answers_differ(cfg),
         )
         write_report(
             inference,
@@ -59,52 +59,61 @@ def _reader(cfg: CfgNode, dataset: str) -> ReadImage:
     return lambda file: mapper.read_image(files.get(file, file))
 
 
-def read_history(folder: Path) -> list[dict]:
-    """Rows of ``diagnosis_history.csv``; none where it is absent."""
-    path = folder / HISTORY
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+def training_facts(cfg: CfgNode, trained: RunFolder) -> dict[str, str]:
+    """What is known of a model answers of the checklists, see ``evaluation.checklist``.
 
-
-def read_metrics(folder: Path) -> list[dict]:
-    """Rows of ``metrics.json``, by iteration; none where it is absent."""
-    path = folder / "metrics.json"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    # A resumed run measures again what came after its checkpoint.
-    return [row for _, row in sorted({row["iteration"]: row for row in rows}.items())]
-
-
-def training_facts(cfg: CfgNode) -> dict[str, str]:
-    """What a config answers of the checklists, see ``evaluation.checklist``."""
-    aug, solver = cfg.INPUT.AUG, cfg.SOLVER
-    names = ("SHIFT", "SCALE", "ROTATE", "JITTER", "EXPAND")
-    augmentation = ", ".join(f"{name.lower()} {aug[name]:g}" for name in names)
+    Args:
+        cfg: with which it is evaluated.
+        trained: its run; what it was trained with stays open where that is not known.
+    """
     facts = {
         "preprocessing": f"Windows (level, width in HU) {_plain(cfg.INPUT.WINDOWS)}; shorter side"
         f" resized to {cfg.INPUT.MIN_SIZE_TEST} pixels.",
-        "model": f"{_model(cfg)} All parameters: config.yaml.",
-        "software": f"ich_det2 {__version__}, Detectron2 {detectron2.__version__}, PyTorch"
-        f" {torch.__version__}.",
-        "initialization": f"Weights {Path(cfg.MODEL.WEIGHTS).name or 'random'}.",
+        "model": f"{_model(cfg)} All parameters: {trained.config.name}.",
+        "software": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
+    }
+    if not trained.config.is_file() or trained.evaluation.is_file():
+        return facts
+    record = trained.read_config()
+    aug, solver, period = record.INPUT.AUG, record.SOLVER, record.TEST.EVAL_PERIOD
+    names = ("SHIFT", "SCALE", "ROTATE", "JITTER", "EXPAND")
+    augmentation = ", ".join(f"{name.lower()} {aug[name]:g}" for name in names)
+    when = f"every {period} iterations" if period else "after the last iteration"
+    facts |= {
+        "initialization": f"Weights {Path(record.MODEL.WEIGHTS).name or 'random'}.",
         "training": f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, learning rate"
         f" {solver.BASE_LR:g}, momentum {solver.MOMENTUM:g}; augmentation: {augmentation}.",
-        "selection": f"Best {cfg.TEST.DIAGNOSIS.BEST_METRIC} on"
-        f" {', '.join(cfg.DATASETS.VAL)}, every {cfg.TEST.EVAL_PERIOD} iterations.",
+        "selection": f"Best {record.TEST.DIAGNOSIS.BEST_METRIC} on"
+        f" {', '.join(record.DATASETS.VAL)}, {when}.",
     }
-    patients = {
-        name: {d["patient_id"] for d in DatasetCatalog.get(name)}
-        for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.VAL, *cfg.DATASETS.TEST))
-        if name in DatasetCatalog
+    return facts | _partitions(cfg, trained)
+
+
+def _partitions(cfg: CfgNode, trained: RunFolder) -> dict[str, str]:
+    """Who was trained on, and whether it is who is tested on."""
+    if trained.data_differ(cfg):
+        root = trained.data_root()
+        return {
+            "disjoint": f"Not checked: the model was trained on data of another folder, {root}."
+        }
+    used = trained.read_config()
+    used.DATASETS.TEST = cfg.DATASETS.TEST
+    names = dict.fromkeys(name for role in ROLES for name in used.DATASETS[role])
+    if any(name not in DatasetCatalog for name in names):
+        return {}
+    read = functools.cache(DatasetCatalog.get)
+    sizes = ", ".join(f"{name} {len(patients_of([name], read))} patients" for name in names)
+    roles = {"TRAIN": "trained on", "VAL": "selected on", "TEST": "tested on"}
+    shared = "; ".join(
+        f"{len(patients)} patients are both {roles[first]} and {roles[other]}"
+        for first, other, patients in overlaps(used, ROLES, read)
+    )
+    return {
+        "partitions": f"By given lists: {sizes}.",
+        "disjoint": f"Not by patient: {shared}."
+        if shared
+        else "By patient: checked, no patient is in two partitions.",
     }
-    if patients:
-        sizes = (f"{name} {len(members)} patients" for name, members in patients.items())
-        facts["partitions"] = f"By given lists: {', '.join(sizes)}."
-        facts["disjoint"] = _disjoint(list(patients.values()))
-    return facts
 
 
 def _model(cfg: CfgNode) -> str:
@@ -127,13 +136,6 @@ def _model(cfg: CfgNode) -> str:
         f" {_plain(model.ANCHOR_GENERATOR.ASPECT_RATIOS)}; an image is positive if a box scores at"
         " least the threshold."
     )
-
-
-def _disjoint(groups: Sequence[set[str]]) -> str:
-    shared = sum(map(len, groups)) - len(set().union(*groups))
-    if shared:
-        return f"Not by patient: {shared} patients are in more than one partition."
-    return "By patient: checked, no patient is in two partitions."
 
 
 def _plain(value) -> str:

@@ -7,7 +7,8 @@ process drew before:
 - an image's augmentation on the image's position in that order, whichever worker reads it;
 - what the model draws on the iteration and the rank.
 
-So a checkpoint's seed and iteration are the whole state, whatever the number of workers. Two
+So a checkpoint's seed, iteration and number of images are the whole state, whatever the number of
+workers and, from then on, the size of the batch. Two
 options of Detectron2, off in this project's configs, continue less exactly:
 ``DATALOADER.ASPECT_RATIO_GROUPING`` keeps images back between batches, and ``TEST.PRECISE_BN``
 starts its own loader anew.
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 from detectron2.data.common import ToIterableDataset
 from detectron2.utils import comm
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .signals import shield_workers
 
 
 def seed_generators(*key: int | str) -> None:
@@ -37,22 +40,25 @@ def seed_generators(*key: int | str) -> None:
 
 
 class ResumableLoader:
-    """A loader of ``build_detection_train_loader`` that starts at any iteration.
+    """A loader of ``build_detection_train_loader`` that starts at any iteration and image.
 
     It also seeds the generators for the model, between an iteration's data and its forward pass.
     """
 
-    def __init__(self, loader, *, seed: int, start_iter: int):
+    def __init__(self, loader, *, seed: int, start_iter: int, start_image: int):
         """
         Args:
             loader: not iterated yet. Its sampler must draw the same at each start.
             seed: of the run, the same on all ranks.
-            start_iter: iterations whose images are skipped, without reading them.
+            start_iter: the iteration of the first batch.
+            start_image: images, of all ranks, that are skipped, without reading them.
         """
         stream = loader
         while not isinstance(stream, ToIterableDataset):
+            if isinstance(stream, DataLoader):
+                shield_workers(stream)
             stream = stream.dataset
-        stream.sampler = _Positions(stream.sampler, start_iter * loader.batch_size)
+        stream.sampler = _Positions(stream.sampler, start_image)
         stream.dataset = _SeededItems(stream.dataset, seed)
         self.dataset = loader.dataset
         self._loader, self._seed, self._start_iter = loader, seed, start_iter
@@ -64,16 +70,17 @@ class ResumableLoader:
 
 
 class _Positions(Sampler):
-    """Pairs of the position in the order of all ranks and the index of the image there."""
+    """Pairs of the position in the order of all ranks, from one on, and the image's index there."""
 
-    def __init__(self, sampler: Sampler, skip: int):
-        self._sampler, self._skip = sampler, skip
+    def __init__(self, sampler: Sampler, start: int):
+        self._sampler, self._start = sampler, start
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         # Of the common order, a rank's sampler gives every world_size-th image.
         positions = itertools.count(self._rank, self._world_size)
-        return itertools.islice(zip(positions, self._sampler), self._skip, None)
+        skip = -(-(self._start - self._rank) // self._world_size)
+        return itertools.islice(zip(positions, self._sampler), max(skip, 0), None)
 
 
 class _SeededItems(Dataset):

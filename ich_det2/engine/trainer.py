@@ -2,7 +2,6 @@
 
 import logging
 import weakref
-from pathlib import Path
 
 from detectron2.data import (
     DatasetCatalog,
@@ -19,10 +18,12 @@ from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import DiagnosisEvaluator
 from .checkpoint import IchCheckpointer
 from .config import is_classifier
-from .hooks import BEST_CHECKPOINT, BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
+from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
 from .operating_point import choose_operating_point
 from .report import write_reports
 from .resume import ResumableLoader, seed_generators
+from .run_folder import RunFolder
+from .signals import StopOnSignal, shield_workers
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,13 @@ class IchTrainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = IchCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
+        self._start_image: int | None = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As ``DefaultTrainer.resume_or_load``; the data go on behind the last trained batch."""
+        """As ``DefaultTrainer.resume_or_load``; the data go on behind the last trained image."""
         super().resume_or_load(resume)
         if self.start_iter > 0:
             if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -65,15 +67,29 @@ class IchTrainer(DefaultTrainer):
                     "DATALOADER.ASPECT_RATIO_GROUPING keeps images back between batches: the"
                     " resumed run takes them in another order than an uninterrupted one."
                 )
+            if self._start_image is None:  # of a checkpoint that counted batches alone
+                run = RunFolder(self.cfg.OUTPUT_DIR)
+                before = run.read_config() if run.config.is_file() else self.cfg
+                self._start_image = self.start_iter * before.SOLVER.IMS_PER_BATCH
             self._trainer.reset_data_loader(
-                lambda: self.build_train_loader(self.cfg, self.start_iter)
+                lambda: self.build_train_loader(self.cfg, self.start_iter, self._start_image)
             )
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "seed": self.cfg.SEED}
+        done = self.iter + 1 - self.start_iter
+        images = self._start_image + done * self.cfg.SOLVER.IMS_PER_BATCH
+        return {**super().state_dict(), "seed": self.cfg.SEED, "images": images}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        wanted = [{**group, "params": None} for group in self.optimizer.param_groups]
+        base_lrs = list(self.scheduler.base_lrs)
         super().load_state_dict(state_dict)
+        # The config's, where Detectron2 goes on with the checkpoint's whatever was set.
+        self.scheduler.base_lrs = base_lrs
+        rates = self.scheduler.get_lr()
+        for group, own, rate in zip(self.optimizer.param_groups, wanted, rates, strict=True):
+            group.update({**own, "params": group["params"], "lr": rate})
+        self._start_image = state_dict.get("images")
         if "seed" in state_dict:
             self.cfg.SEED = state_dict["seed"]
         else:
@@ -83,15 +99,31 @@ class IchTrainer(DefaultTrainer):
             )
 
     def train(self):
-        """As ``DefaultTrainer.train``; ends early by ``TEST.DIAGNOSIS.PATIENCE``."""
+        """As ``DefaultTrainer.train``; ends early by ``TEST.DIAGNOSIS.PATIENCE``.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, with a checkpoint that ``--resume`` goes on from.
+        """
+        validated = {row["iteration"] for row in RunFolder(self.cfg.OUTPUT_DIR).read_history()}
+        if self.start_iter >= self.max_iter and self.max_iter in validated:
+            logger.info("All %d iterations are done: nothing is trained.", self.max_iter)
+            return None
         try:
             return super().train()
         except EarlyStop as stop:
             logger.info(str(stop))
 
     @classmethod
-    def build_train_loader(cls, cfg, start_iter: int = 0) -> ResumableLoader:
-        """The training loader, from iteration ``start_iter`` on."""
+    def build_train_loader(
+        cls, cfg, start_iter: int = 0, start_image: int | None = None
+    ) -> ResumableLoader:
+        """The training loader, from an iteration and an image of the common order on.
+
+        Args:
+            cfg: config.
+            start_iter: the first iteration.
+            start_image: the first image; None: behind ``start_iter`` batches.
+        """
         dataset = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
@@ -107,20 +139,25 @@ class IchTrainer(DefaultTrainer):
         loader = build_detection_train_loader(
             cfg, dataset=dataset, mapper=IchDatasetMapper(cfg, is_train=True)
         )
-        return ResumableLoader(loader, seed=cfg.SEED, start_iter=start_iter)
+        if start_image is None:
+            start_image = start_iter * cfg.SOLVER.IMS_PER_BATCH
+        return ResumableLoader(
+            loader, seed=cfg.SEED, start_iter=start_iter, start_image=start_image
+        )
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):
-        return build_detection_test_loader(
+        loader = build_detection_test_loader(
             cfg,
             dataset_name,
             mapper=IchDatasetMapper(cfg, is_train=False),
             batch_size=cfg.TEST.BATCH_SIZE,
         )
+        return shield_workers(loader)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str):
-        output_dir = Path(cfg.OUTPUT_DIR) / "inference" / dataset_name
+        output_dir = RunFolder(cfg.OUTPUT_DIR).inference(dataset_name)
         diagnosis = DiagnosisEvaluator(
             thresholds=cfg.TEST.DIAGNOSIS.THRESHOLDS,
             operating_threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
@@ -153,11 +190,12 @@ class IchTrainer(DefaultTrainer):
             own.append(best)
         if cfg.TEST.DIAGNOSIS.PATIENCE > 0:
             own.append(EarlyStopping(period, cfg.TEST.DIAGNOSIS.PATIENCE, best))
-        return [
+        replaced = [
             replacement
             for hook in super().build_hooks()
             for replacement in (own if isinstance(hook, hooks.EvalHook) else [hook])
         ]
+        return [*replaced, StopOnSignal(self.checkpointer)]
 
     def test_best(self) -> dict:
         """Evaluates the best model by validation on ``DATASETS.TEST``, once.
@@ -168,7 +206,7 @@ class IchTrainer(DefaultTrainer):
             The nested metrics, on the main process.
         """
         comm.synchronize()
-        best = Path(self.cfg.OUTPUT_DIR) / f"{BEST_CHECKPOINT}.pth"
+        best = RunFolder(self.cfg.OUTPUT_DIR).best
         logger.info(f"Testing the best model by validation, {best}.")
         self.checkpointer.load(str(best), checkpointables=[])
         cfg, point = self.cfg.clone(), None

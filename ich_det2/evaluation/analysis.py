@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from .boxes import COCO_IOUS, average_precision, box_recall, voc_average_precision
+from .boxes import box_recall
 from .calibration import calibrate, expected_calibration_error, reliability
 from .compare import delong_test, mcnemar_test, paired_bootstrap
 from .diagnosis import (
@@ -26,7 +26,7 @@ from .diagnosis import (
     summarize,
     type_recall,
 )
-from .froc import CPM_RATES, froc_curve, match_detections
+from .froc import CPM_RATES, HITS, froc_curve, match_detections
 from .intervals import (
     bootstrap_by_group,
     delong_interval,
@@ -36,9 +36,6 @@ from .intervals import (
 from .predictions import Predictions
 
 LEVELS = ("image", "patient")
-HITS = {"iou": "IoU of at least 0.5", "centre": "centre in the true box"}
-"""Of ``match_detections``: when a box finds a lesion, in words."""
-
 # Proportions: which cases count, and which of those are hits, of the truth and the call.
 _PROPORTIONS: dict[str, Callable] = {
     "accuracy": lambda true, called: (true == called, np.ones_like(true)),
@@ -121,19 +118,13 @@ def lesion_summary(predictions: Predictions, threshold: float) -> dict[str, floa
     Needs boxes and true boxes.
     """
     predicted, true = predictions.boxes, predictions.true_boxes
-    _, scans = group_index(predictions.patients)
-    values = {
+    scores = dict(predictions.lesion_scores)
+    return {
         "n_lesions": sum(map(len, true)),
-        "coco_ap": average_precision(predicted, true, iou_threshold=COCO_IOUS),
-        "coco_ap50": average_precision(predicted, true, iou_threshold=0.5),
-        "voc_ap50": voc_average_precision(predicted, true),
+        **{name: scores.pop(name) for name in ("coco_ap", "coco_ap50", "voc_ap50")},
         "box_recall": box_recall(predicted, true, iou_threshold=0.5, score_threshold=threshold),
+        **scores,
     }
-    for hit in HITS:
-        matches = match_detections(predicted, true, hit=hit)
-        values[f"cpm_{hit}"] = froc_curve(matches).cpm
-        values[f"patient_cpm_{hit}"] = froc_curve(matches, scans).cpm
-    return values
 
 
 def analyse(

@@ -60,8 +60,26 @@ def average_precision(
         true: per image (G, 4).
         iou_threshold: one, or several to average over, as ``COCO_IOUS``.
     """
+    return float(coco_precision(predicted, true, np.atleast_1d(iou_threshold)).mean())
+
+
+def coco_precision(
+    predicted: Sequence[np.ndarray],
+    true: Sequence[np.ndarray],
+    iou_thresholds: Sequence[float] = COCO_IOUS,
+) -> np.ndarray:
+    """COCO's precision at 101 recalls, whose mean is the AP, with 100 boxes an image.
+
+    Args:
+        predicted: per image (D, 5): score, x, y, width, height.
+        true: per image (G, 4).
+        iou_thresholds: sized (T,).
+
+    Returns:
+        Sized (T, 101), in [0, 1]; NaN without true boxes.
+    """
     if not any(len(targets) for targets in true):
-        return float("nan")
+        return np.full((len(iou_thresholds), 101), np.nan)
     images = [{"id": i} for i in range(len(true))]
     annotations = [
         {"image_id": i, "category_id": 1, "bbox": list(b), "area": b[2] * b[3], "iscrowd": 0}
@@ -74,7 +92,7 @@ def average_precision(
         for b in boxes
     ]
     if not results:
-        return 0.0
+        return np.zeros((len(iou_thresholds), 101))
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {
@@ -84,11 +102,11 @@ def average_precision(
         }
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluation.params.iouThrs = np.atleast_1d(iou_threshold)
+        evaluation.params.iouThrs = np.asarray(iou_thresholds)
         evaluation.evaluate()
         evaluation.accumulate()
     # Precision: (IoU, recall, category, area, detections); all areas, 100 boxes an image.
-    return float(evaluation.eval["precision"][:, :, 0, 0, -1].mean())
+    return evaluation.eval["precision"][:, :, 0, 0, -1]
 
 
 def voc_average_precision(
@@ -96,20 +114,18 @@ def voc_average_precision(
     true: Sequence[np.ndarray],
     *,
     iou_threshold: float = 0.5,
-    eleven_points: bool = False,
 ) -> float:
     """PASCAL VOC's AP, in [0, 1]; with one class this is the paper's mAP. NaN without true boxes.
 
-    A prediction belongs to the true box it overlaps most, and is false if a better one has that
-    box already (COCO would give it another free box). Source: Everingham et al., Int. J. Comput.
+    The area under the falling envelope of the curve, as in VOC 2010 and later. A prediction belongs
+    to the true box it overlaps most, and is false if a better one has that box already (COCO would
+    give it another free box). Source: Everingham et al., Int. J. Comput.
     Vis. 88 (2010) 303.
 
     Args:
         predicted: per image (D, 5): score, x, y, width, height.
         true: per image (G, 4).
         iou_threshold: an IoU equal to it counts.
-        eleven_points: mean precision at recalls 0, 0.1 to 1 (VOC 2007) in place of the area under
-            the falling envelope of the curve (VOC 2010 and later).
     """
     n_true = sum(map(len, true))
     if not n_true:
@@ -131,6 +147,4 @@ def voc_average_precision(
     recall = found / n_true
     precision = found / np.arange(1, len(found) + 1)
     envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    if eleven_points:
-        return float(envelope[np.searchsorted(recall, np.linspace(0, 1, 11))].mean())
     return float((np.diff(recall, prepend=0) * envelope[:-1]).sum())

@@ -17,6 +17,8 @@ from .diagnosis import COST_RATIO, METRICS
 from .plots import plot_roc, plot_thresholds
 from .predictions import Predictions, write_predictions
 
+DIAGNOSIS = "diagnosis.json"
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TABLE_FIELDS = ("level", "threshold", "tp", "fp", "tn", "fn", *METRICS)
 
 
@@ -63,7 +65,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
     def process(self, inputs, outputs) -> None:
         """
         Args:
-            inputs: mapped dataset dicts, with "image_label".
+            inputs: mapped dataset dicts, with "image_label"; without it, an image is positive if
+                the truth has a box.
             outputs: dicts with "image_score", or with "instances" that have "scores", of which the
                 highest is the image's, and, for lesions, "pred_boxes".
         """
@@ -78,8 +81,10 @@ class DiagnosisEvaluator(DatasetEvaluator):
             score = (
                 float(y["image_score"]) if "image_score" in y else scores.max(initial=0.0).item()
             )
-            patient = str(x.get("patient_id", image))
-            self._rows.append((image, patient, x["file_name"], x["image_label"], score, boxes))
+            patient, label = str(x.get("patient_id", image)), x.get("image_label")
+            if label is None:
+                label = int(len((self.truth or {image: {}})[image].get("annotations", [])) > 0)
+            self._rows.append((image, patient, x["file_name"], label, score, boxes))
 
     def evaluate(self) -> dict:
         """
@@ -97,22 +102,16 @@ class DiagnosisEvaluator(DatasetEvaluator):
             if not comm.is_main_process():
                 return {}
         predictions = self._predictions(rows)
-        summary = summaries(predictions, self.settings)
         if self.output_dir is not None:
-            write_evaluation(self.output_dir, predictions, self.settings)
+            summary = write_evaluation(self.output_dir, predictions, self.settings)
+        else:
+            summary = summaries(predictions, self.settings)
         logging.getLogger(__name__).info(
             "Diagnosis at the operating threshold %g:\n%s",
             self.settings.operating_threshold,
             format_summary(summary),
         )
-        return {
-            "diagnosis": {
-                f"{level}_{key}": float(value)
-                for level, values in summary.items()
-                for key, value in values.items()
-                if key not in ("threshold", "n", "n_positive", "n_lesions")
-            }
-        }
+        return {"diagnosis": _metrics(summary)}
 
     def _predictions(self, rows: list[tuple]) -> Predictions:
         # The samplers of several processes may hand an image out twice.
@@ -139,13 +138,42 @@ class DiagnosisEvaluator(DatasetEvaluator):
         )
 
 
-def write_evaluation(folder: Path, predictions: Predictions, settings: Settings) -> None:
-    """Writes the tables, ``diagnosis.json`` and the curves of a dataset.
+def _metrics(summary: dict[str, dict]) -> dict[str, float]:
+    return {
+        f"{level}_{key}": float(value)
+        for level, values in summary.items()
+        for key, value in values.items()
+        if key not in ("threshold", "n", "n_positive", "n_lesions")
+    }
+
+
+def metric_names(classes: Sequence[str] | None) -> list[str]:
+    """What a validation gives, as the event storage names it: "diagnosis/image_auc", "bbox/AP50".
+
+    Args:
+        classes: of a detector; None for a classifier, which has no boxes.
+    """
+    ids, box = ["a"], None if classes is None else [np.zeros((1, 4))]
+    found = None if classes is None else [np.zeros((1, 5))]
+    one = Predictions(ids, ids, ids, np.ones(1, int), np.ones(1), found, box, [["a"]])
+    names = [f"diagnosis/{key}" for key in _metrics(summaries(one, Settings([], 0.5)))]
+    if classes is None:
+        return names
+    # Of Detectron2's COCOEvaluator.
+    classes = [f"AP-{name}" for name in classes] if len(classes) > 1 else []
+    return [*names, *(f"bbox/{key}" for key in (*COCO_METRICS, *classes))]
+
+
+def write_evaluation(folder: Path, predictions: Predictions, settings: Settings) -> dict[str, dict]:
+    """Writes the tables, the summary and the curves of a dataset.
 
     Args:
         folder: made if need be.
         predictions: of the dataset.
         settings: how they are evaluated.
+
+    Returns:
+        The summary, of ``summaries``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(predictions, folder)
@@ -153,10 +181,11 @@ def write_evaluation(folder: Path, predictions: Predictions, settings: Settings)
     write_csv(folder / "diagnosis_thresholds.csv", TABLE_FIELDS, rows)
     threshold = settings.operating_threshold
     summary = summaries(predictions, settings)
-    write_json(folder / "diagnosis.json", {"operating_threshold": threshold, **summary})
+    write_json(folder / DIAGNOSIS, {"operating_threshold": threshold, **summary})
     plot_thresholds(rows, threshold, folder / "diagnosis_thresholds.png")
     levels = levels_of(predictions, settings.patient_rules[0])
     plot_roc({k: v[:2] for k, v in levels.items()}, threshold, folder / "roc.png")
+    return summary
 
 
 def format_summary(summary: dict[str, dict]) -> str:

@@ -17,6 +17,9 @@ from pycocotools import mask as coco_mask
 FALSE_POSITIVE, DUPLICATE = -1, -2
 """In :class:`Matches`: a prediction on no lesion, and one on a lesion that a better one found."""
 
+HITS = {"iou": "IoU of at least 0.5", "centre": "centre in the true box"}
+"""Of :func:`match_detections`: when a box finds a lesion, in words."""
+
 CPM_RATES = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 """False positives a scan whose sensitivities the competition performance metric averages."""
 
@@ -38,13 +41,6 @@ class Matches:
     lesion: np.ndarray
     lesion_image: np.ndarray
     n_images: int
-
-    def best_scores(self) -> np.ndarray:
-        """Score at which each lesion is found, sized (G,); minus infinity where it never is."""
-        best = np.full(len(self.lesion_image), -np.inf)
-        found = self.lesion >= 0
-        best[self.lesion[found]] = self.score[found]
-        return best
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def match_detections(
     Raises:
         ValueError: if ``hit`` is neither, the numbers of images differ, or a score is NaN.
     """
-    if hit not in ("iou", "centre"):
+    if hit not in HITS:
         raise ValueError(f"hit is '{hit}', expected 'iou' or 'centre'.")
     if len(predicted) != len(true):
         raise ValueError(
@@ -163,19 +159,16 @@ def _assign(order, hits, quality):
     return found
 
 
-def froc_curve(
-    matches: Matches, scans=None, weights=None, *, count_duplicates: bool = False
-) -> FrocCurve:
+def froc_curve(matches: Matches, scans=None, weights=None) -> FrocCurve:
     """The free-response ROC curve.
 
-    All scans count in the false positives a scan, those without a lesion too.
+    All scans count in the false positives a scan, those without a lesion too. A duplicate is no
+    false positive, as in LUNA16.
 
     Args:
         matches: of :func:`match_detections`.
         scans: scan of each image, 0 to the number of scans - 1, sized (M,); None: an image each.
         weights: how often each image counts, sized (M,), alike within a scan; None: once.
-        count_duplicates: whether a duplicate is a false positive (as in COCO) or left out (as in
-            LUNA16).
 
     Returns:
         The curve; predictions of one score enter together.
@@ -186,8 +179,6 @@ def froc_curve(
     n_scans, n_lesions = weights[of_scan].sum(), weights[matches.lesion_image].sum()
     weight = weights[matches.image]
     false = matches.lesion == FALSE_POSITIVE
-    if count_duplicates:
-        false = matches.lesion < 0
     # The last of equal scores stands for all of them.
     last = np.flatnonzero(np.append(matches.score[1:] != matches.score[:-1], True))
     last = last[: len(matches.score)]

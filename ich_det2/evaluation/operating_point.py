@@ -17,9 +17,6 @@ from .predictions import Predictions
 
 logger = logging.getLogger(__name__)
 
-OPERATING_POINT = "operating_point.json"
-"""In a model's folder, beside its weights."""
-
 # What each rule maximizes over the thresholds; a missed bleed is worse than a false alarm, so of
 # equals the lowest threshold is taken.
 _AIMS: dict[str, Callable[[dict], np.ndarray]] = {

@@ -9,11 +9,15 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from ..files import write_csv
+from .boxes import coco_precision, voc_average_precision
+from .diagnosis import group_index
+from .froc import HITS, froc_curve, match_detections
 
 SCORES, LESIONS, RESULTS = "image_scores.csv", "lesions.csv", "coco_instances_results.json"
 SCORE_FIELDS = ("image_id", "file_name", "patient_id", "label", "score")
@@ -57,6 +61,22 @@ class Predictions:
         if np.isnan(self.scores).any():
             image = self.image_ids[int(np.isnan(self.scores).argmax())]
             raise ValueError(f"the score of image '{image}' is NaN, expected a number.")
+
+    @cached_property
+    def lesion_scores(self) -> dict[str, float]:
+        """AP and CPM of the boxes, which no threshold changes; needs boxes and true boxes."""
+        precision = coco_precision(self.boxes, self.true_boxes)
+        _, scans = group_index(self.patients)
+        scores = {
+            "coco_ap": float(precision.mean()),
+            "coco_ap50": float(precision[0].mean()),
+            "voc_ap50": voc_average_precision(self.boxes, self.true_boxes),
+        }
+        for hit in HITS:
+            matches = match_detections(self.boxes, self.true_boxes, hit=hit)
+            scores[f"cpm_{hit}"] = froc_curve(matches).cpm
+            scores[f"patient_cpm_{hit}"] = froc_curve(matches, scans).cpm
+        return scores
 
     def take(self, image_ids: Sequence[str]) -> "Predictions":
         """These images alone, in this order."""

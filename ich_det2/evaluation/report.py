@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -40,8 +40,9 @@ class Model:
         settings: how they are evaluated, with the model's operating threshold.
         point: where that comes from, if it was chosen on validation.
         facts: what the training run answers of the checklists, by ``checklist``'s names.
-        history: rows of diagnosis_history.csv.
-        training: rows of metrics.json.
+        history: the validations in training, rows with "iteration".
+        training: the training's scalars, likewise.
+        differs: of a what-if, config key -> value that the model was trained with, and here.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Model:
     facts: dict[str, str] = field(default_factory=dict)
     history: Sequence[dict] = ()
     training: Sequence[dict] = ()
+    differs: Mapping[str, tuple[object, object]] = field(default_factory=dict)
 
 
 def write_report(
@@ -119,6 +121,7 @@ def _entry(model: Model) -> dict:
     analysis = analyse(model.predictions, model.settings, temperature=temperature)
     return {
         "name": model.name,
+        "differs": {key: {"trained": a, "here": b} for key, (a, b) in model.differs.items()},
         "operating_point": point,
         "alternatives": _alternatives(model),
         "analysis": analysis,

@@ -10,8 +10,7 @@ from pydicom import dcmread
 
 from ich_det2.engine import IchTrainer
 from ich_det2.engine.checks import check_config
-from ich_det2.engine.config import context_settings
-from ich_det2.inference.diagnoser import Diagnoser, load_run
+from ich_det2.inference.diagnoser import Diagnoser
 from ich_det2.inference.slices import find_slices
 
 SMALL = {"AlexNet": 63, "InceptionResNetV2": 75}
@@ -148,10 +147,10 @@ def test_diagnosis_of_files_gives_the_scores_of_the_evaluation(
     out = tmp_path / "out"
     (out / "config.yaml").write_text(cfg.dump())
     trainer.test_best()
-    run, weights = load_run(out)
     folder = "JPEGImages" if kind == "png" else "DICOM"
-    slices, _ = find_slices([tmp_path / "tree" / folder], **context_settings(run))
-    found = {s.path.stem: d for s, d in zip(slices, Diagnoser.from_run(run, weights)(slices))}
+    model = Diagnoser.load(out)
+    slices = find_slices([tmp_path / "tree" / folder], **model.context).slices
+    found = {s.path.stem: d for s, d in zip(slices, model(slices))}
     expected = scores_of(out / "inference/ich_test")
     assert {image: found[image].score for image in expected} == pytest.approx(expected)
     assert all(len(d.boxes) == 0 and d.size == (48, 64) for d in found.values())

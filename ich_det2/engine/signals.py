@@ -1,0 +1,114 @@
+"""Ctrl-C and SIGTERM in training: the iteration is ended, its checkpoint saved, on all ranks."""
+
+import contextlib
+import functools
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
+
+from .checkpoint import IchCheckpointer
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A launcher and a terminal may both pass a signal on; what comes later was meant.
+_AGAIN_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ends a training that can be resumed; ``number`` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(f"{signal.Signals(number).name}: a checkpoint was saved.")
+        self.number = number
+
+
+class StopOnSignal(HookBase):
+    """Saves a checkpoint behind the iteration in which SIGINT or SIGTERM came, and raises
+    :class:`Interrupted`; a second one, after a second, ends the process at once.
+
+    Has to be the last hook, so that whatever the others do in an iteration is in the checkpoint.
+    """
+
+    def __init__(self, checkpointer: IchCheckpointer):
+        """
+        Args:
+            checkpointer: of the training; writes on the main process alone.
+        """
+        self._checkpointer = checkpointer
+        self._received = 0
+        self._handlers = contextlib.ExitStack()
+
+    def before_train(self):
+        self._handlers.enter_context(on_signals(self._note))
+
+    def after_train(self):
+        self._handlers.close()
+
+    def _note(self, number: int) -> None:
+        self._received = number
+        logger.warning("%s: stopping behind this iteration.", signal.Signals(number).name)
+
+    def after_step(self):
+        number = self._received
+        if comm.get_world_size() > 1:
+            number = max(comm.all_gather(number))
+        if not number:
+            return
+        iteration = self.trainer.iter
+        name = f"model_{iteration:07d}"
+        # The periodic one may have been faster, and the last one is called otherwise.
+        done = iteration + 1 >= self.trainer.max_iter
+        if comm.is_main_process() and not done:
+            if not self._checkpointer.get_checkpoint_file().endswith(f"{name}.pth"):
+                self._checkpointer.save(name, iteration=iteration)
+        raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Hands SIGINT and SIGTERM to a function once; a second one does what it did before.
+
+    Does nothing outside of the main thread, where signals cannot be taken.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    first: list[float] = []
+
+    def receive(number, frame):
+        if not first:
+            first.append(time.monotonic())
+            handle(number)
+        elif time.monotonic() - first[0] > _AGAIN_SECONDS:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Lets a loader's workers live on when a signal goes to the whole process group; they end with
+    their process."""
+    loader.worker_init_fn = functools.partial(_ignore_signals, then=loader.worker_init_fn)
+    return loader
+
+
+def _ignore_signals(worker: int, then: Callable[[int], None] | None) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
