@@ -50,7 +50,8 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", category=category)
     for module in ("torch", "detectron2", "fvcore", "timm", "matplotlib", "pydicom", "nibabel"):
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
-    for logger in ("torch.fx", "matplotlib", "nibabel", "pydicom"):
+    torch = ("torch.fx", "torch.utils.cpp_extension")
+    for logger in (*torch, "matplotlib", "nibabel", "pydicom"):
         logging.getLogger(logger).setLevel(logging.ERROR)
 
 

@@ -15,25 +15,27 @@ differences to the first form with 95 % intervals by paired bootstrap over patie
 """
 
 import argparse
-import csv
-import json
 import re
 import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from tabulate import tabulate
+from ich_det2.cli import guard, quiet_imports
 
-from ich_det2.cli import guard
-from ich_det2.data.splits import make_folds
-from ich_det2.data.tree import VocTree
-from ich_det2.engine.config import load_config
-from ich_det2.evaluation.boxes import average_precision, box_recall
-from ich_det2.evaluation.diagnosis import recall_at_specificity, roc_auc_score, summarize
-from ich_det2.evaluation.intervals import bootstrap_by_group
-from ich_det2.experiments.cells import Cell, run_cells
-from ich_det2.files import write_atomically, write_csv
+with quiet_imports():
+    import numpy as np
+    from tabulate import tabulate
+
+    from ich_det2.data.splits import make_folds
+    from ich_det2.data.tree import VocTree
+    from ich_det2.engine.config import load_config
+    from ich_det2.engine.run_folder import RunFolder
+    from ich_det2.evaluation.boxes import box_recall
+    from ich_det2.evaluation.diagnosis import recall_at_specificity, roc_auc_score, summarize
+    from ich_det2.evaluation.intervals import bootstrap_by_group
+    from ich_det2.evaluation.predictions import Predictions, read_predictions
+    from ich_det2.experiments.cells import Cell, run_cells
+    from ich_det2.files import write_atomically, write_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALARS = {"mean k": "rpn/ratio_target", "positives an image": "rpn/num_pos_anchors"}
@@ -99,46 +101,33 @@ def build_cell(args, form: list[str], fold: int) -> Cell:
 class Pooled:
     """The pooled predictions of the finished cells of a form."""
 
-    def __init__(self, folders: list[Path]):
-        self.rows, self.boxes, self.truth, metrics = [], {}, {}, []
-        for folder in folders:
-            inference = folder / "inference/ich_test"
-            with open(inference / "image_scores.csv", newline="") as file:
-                self.rows += list(csv.DictReader(file))
-            for box in json.loads((inference / "coco_instances_results.json").read_text()):
-                entry = (box["score"], *box["bbox"])
-                self.boxes.setdefault(str(box["image_id"]), []).append(entry)
-            truth = json.loads((inference / "ich_test_coco_format.json").read_text())
-            for box in truth["annotations"]:
-                self.truth.setdefault(str(box["image_id"]), []).append(tuple(box["bbox"]))
-            with open(folder / "metrics.json") as file:
-                metrics += [json.loads(line) for line in file]
-        self.rows.sort(key=lambda row: row["image_id"])
-        self.y_true = np.array([int(row["label"]) for row in self.rows])
-        self.y_score = np.array([float(row["score"]) for row in self.rows])
-        self.patients = [row["patient_id"] for row in self.rows]
+    def __init__(self, runs: list[RunFolder]):
+        parts = [read_predictions(run.inference("ich_test")) for run in runs]
+        joined = Predictions.joined(parts)
+        self.found = joined.take(sorted(joined.image_ids))
+        rows = [row for run in runs for row in run.read_metrics()]
         self.scalars = {
-            name: np.mean([m[key] for m in metrics if key in m] or np.nan)
+            name: np.mean([row[key] for row in rows if key in row] or np.nan)
             for name, key in SCALARS.items()
         }
 
     def metrics(self) -> dict[str, float]:
-        summary = summarize(self.y_true, self.y_score, THRESHOLD)
-        ids = [row["image_id"] for row in self.rows]
-        boxes = [np.array(self.boxes.get(i, [])).reshape(-1, 5) for i in ids]
-        truth = [np.array(self.truth.get(i, [])).reshape(-1, 4) for i in ids]
-        return {
+        found = self.found
+        summary = summarize(found.labels, found.scores, THRESHOLD)
+        metrics = {
             "images": summary["n"],
             "AUC": summary["auc"],
             "recall @ specificity 0.90": summary["recall_at_specificity_0.90"],
             **{key: summary[key] for key in ("accuracy", "recall", "specificity")},
-            "box recall": box_recall(boxes, truth, iou_threshold=0.5),
-            "box recall, score >= 0.5": box_recall(
-                boxes, truth, iou_threshold=0.5, score_threshold=THRESHOLD
-            ),
-            "AP50": average_precision(boxes, truth, iou_threshold=0.5),
-            **self.scalars,
         }
+        if found.boxes is not None and found.true_boxes is not None:
+            recall = partial(box_recall, found.boxes, found.true_boxes, iou_threshold=0.5)
+            metrics |= {
+                "box recall": recall(),
+                "box recall, score >= 0.5": recall(score_threshold=THRESHOLD),
+                "AP50": found.lesion_scores["coco_ap50"],
+            }
+        return metrics | self.scalars
 
 
 def differences(cells: Pooled, reference: Pooled) -> dict[str, str]:
@@ -146,15 +135,15 @@ def differences(cells: Pooled, reference: Pooled) -> dict[str, str]:
 
     def difference(weights):
         return [
-            metric(cells.y_true, cells.y_score, weights=weights)
-            - metric(reference.y_true, reference.y_score, weights=weights)
+            metric(cells.found.labels, cells.found.scores, weights=weights)
+            - metric(reference.found.labels, reference.found.scores, weights=weights)
             for metric in (roc_auc_score, partial(recall_at_specificity, specificity=0.90))
         ]
 
-    if cells.patients != reference.patients:
+    if cells.found.patients != reference.found.patients:
         return {}
-    point = difference(np.ones(len(cells.y_true), dtype=int))
-    bounds = bootstrap_by_group(difference, cells.patients)
+    point = difference(np.ones(len(cells.found.labels), dtype=int))
+    bounds = bootstrap_by_group(difference, cells.found.patients)
     names = ("AUC difference", "recall @ specificity 0.90, difference")
     return {n: f"{p:+.3f} [{a:+.3f}, {b:+.3f}]" for n, p, (a, b) in zip(names, point, bounds)}
 
@@ -162,12 +151,12 @@ def differences(cells: Pooled, reference: Pooled) -> dict[str, str]:
 def write_table(args) -> None:
     rows, reference = [], None
     for name, *_ in args.forms:
-        folders = [args.output / name / f"fold{fold}" for fold in range(args.folds)]
-        folders = [folder for folder in folders if (folder / "done").is_file()]
-        if not folders:
+        runs = [RunFolder(args.output / name / f"fold{fold}") for fold in range(args.folds)]
+        runs = [run for run in runs if run.done.is_file()]
+        if not runs:
             continue
-        cells = Pooled(folders)
-        row = {"form": name, "folds": len(folders), **cells.metrics()}
+        cells = Pooled(runs)
+        row = {"form": name, "folds": len(runs), **cells.metrics()}
         if reference is not None:
             row |= differences(cells, reference)
         else:

@@ -20,19 +20,23 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tabulate import tabulate
+from ich_det2.cli import guard, quiet_imports
 
-from ich_det2.data.mapper import IchDatasetMapper
-from ich_det2.engine.config import load_config
-from ich_det2.engine.operating_point import build_settings
-from ich_det2.engine.report import read_history, read_metrics, training_facts
-from ich_det2.evaluation.analysis import LEVELS
-from ich_det2.evaluation.diagnosis import parse_rule
-from ich_det2.evaluation.evaluator import format_summary, write_evaluation
-from ich_det2.evaluation.operating_point import OPERATING_POINT, RULES, OperatingPoint, Rule
-from ich_det2.evaluation.predictions import read_predictions
-from ich_det2.evaluation.report import Model, write_report
-from ich_det2.files import write_csv
+with quiet_imports():
+    from tabulate import tabulate
+
+    from ich_det2.data.mapper import IchDatasetMapper
+    from ich_det2.engine.config import load_config
+    from ich_det2.engine.operating_point import build_settings
+    from ich_det2.engine.report import training_facts
+    from ich_det2.engine.run_folder import RunFolder
+    from ich_det2.evaluation.analysis import LEVELS
+    from ich_det2.evaluation.diagnosis import parse_rule
+    from ich_det2.evaluation.evaluator import format_summary, write_evaluation
+    from ich_det2.evaluation.operating_point import RULES, OperatingPoint, Rule
+    from ich_det2.evaluation.predictions import read_predictions
+    from ich_det2.evaluation.report import Model, write_report
+    from ich_det2.files import write_csv
 
 COMPARISON_FIELDS = ("first", "other", "level", "metric", "difference", "low", "high", "p", "test")
 
@@ -66,14 +70,8 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def run_folder(path: Path) -> Path | None:
-    """OUTPUT_DIR of the training run whose inference/<dataset> a folder is."""
-    folder = path.resolve().parents[1] if path.is_dir() else None
-    return folder if folder is not None and (folder / "config.yaml").is_file() else None
-
-
 def default_name(path: Path) -> str:
-    folder = run_folder(path)
+    folder = RunFolder.of_inference(path)
     return folder.name if folder is not None else path.resolve().with_suffix("").name
 
 
@@ -85,9 +83,9 @@ def read_model(args, i: int, name: str) -> tuple[Model, object]:
     """
     path = args.predictions[i]
     predictions = read_predictions(path, truth=args.truth, patients=args.patients)
-    folder = run_folder(path)
-    file = folder / "config.yaml" if folder is not None else ""
-    cfg = load_config(file, ["MODEL.DEVICE", "cpu"])  # no model is run
+    folder = RunFolder.of_inference(path)
+    # No model is run.
+    cfg = load_config("", ["MODEL.DEVICE", "cpu"]) if folder is None else folder.read_config()
     changes = {"seed": args.seed}
     if args.cost_ratio is not None:
         changes["cost_ratio"] = args.cost_ratio
@@ -108,25 +106,24 @@ def read_model(args, i: int, name: str) -> tuple[Model, object]:
             Rule(args.rule, args.level, args.target_recall),
             dataset=args.validation[i].resolve().with_suffix("").name,
         )
-    elif folder is not None and (folder / OPERATING_POINT).is_file():
-        point = OperatingPoint.load(folder / OPERATING_POINT)
-    else:
-        raise ValueError(
-            f"{path}: there is no {OPERATING_POINT} of its training run; give --threshold, or"
-            " --validation to choose it on."
-        )
+    elif folder is not None:
+        point = folder.read_operating_point()
     if point is not None:
         settings = replace(settings, operating_threshold=point.threshold)
-    known = folder is not None
-    model = Model(
-        name=name,
-        predictions=predictions,
-        settings=settings,
-        point=point,
-        facts=training_facts(cfg) if known else {},
-        history=read_history(folder) if known else (),
-        training=read_metrics(folder) if known else (),
-    )
+    elif args.threshold is None:
+        raise ValueError(
+            f"{path}: there is no {RunFolder(path).operating_point.name} of its training run; give"
+            " --threshold, or --validation to choose it on."
+        )
+    model = Model(name=name, predictions=predictions, settings=settings, point=point)
+    if folder is not None:
+        model = replace(
+            model,
+            facts=training_facts(cfg, folder),
+            history=folder.read_history(),
+            training=folder.read_metrics(),
+            differs=folder.read_differences(),
+        )
     return model, cfg
 
 
@@ -212,12 +209,8 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parse_args(argv)
+    return guard("evaluate.py", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -79,19 +79,20 @@ def train(args, cfg, stopped=None) -> dict:
 
 def evaluate(args, cfg) -> dict:
     """Tests trained weights."""
-    run, weights = RunFolder(cfg.OUTPUT_DIR), Path(cfg.MODEL.WEIGHTS)
-    trained = RunFolder.beside(weights)
+    trained = RunFolder.beside(cfg.MODEL.WEIGHTS)
+    differs = trained.answers_differ(cfg)
     set_up(args, cfg)
     model = IchTrainer.build_model(cfg)
     IchCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    given, cfg = cfg, cfg.clone()
     cfg.defrost()
-    point = find_operating_point(cfg, weights)
+    point = find_operating_point(cfg, Path(cfg.MODEL.WEIGHTS))
     if comm.is_main_process():
-        run.begin_evaluation(cfg, trained.answers_differ(cfg), point)
+        RunFolder(cfg.OUTPUT_DIR).begin_evaluation(given, differs, point)
     comm.synchronize()
     results = IchTrainer.test(cfg, model)
     if comm.is_main_process():
-        write_reports(cfg, point, trained)
+        write_reports(cfg, point, trained, differs)
         verify_results(cfg, results)
     return results
 
@@ -121,6 +122,8 @@ def run(args) -> int:
     with log_to_terminal():
         check_processes(args.num_gpus, args.num_machines, args.machine_rank)
         cfg = load_config(args.config_file, args.opts)
+        if not (args.resume or args.eval_only):
+            RunFolder(cfg.OUTPUT_DIR).check_free()
         check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_processes=processes)
     cfg.freeze()
     try:

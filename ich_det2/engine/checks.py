@@ -54,7 +54,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "MODEL.PIXEL_STD": (-_INF, _INF),
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, _INF),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, _INF),
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": (0, 1),
     "MODEL.CLASSIFIER.INPUT_SIZE": (1, _INF),
     "TEST.EVAL_PERIOD": (0, _INF),
     "TEST.BATCH_SIZE": (1, _INF),
@@ -93,8 +92,6 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     continues = checkpoint is not None and not eval_only
     if not eval_only:
         _check_training(cfg, num_processes)
-        if not resume:
-            run.check_free()
     if continues or eval_only:
         trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
         if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS:

@@ -11,7 +11,7 @@ from ..data.mapper import IchDatasetMapper
 from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
 from ..evaluation.report import Model, ReadImage, write_report
-from .config import is_classifier
+from .config import Differences, is_classifier
 from .operating_point import build_settings
 from .partitions import ROLES, overlaps, patients_of
 from .run_folder import RunFolder, versions
@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_reports(
-    cfg: CfgNode, point: OperatingPoint | None, trained: RunFolder | None = None
+    cfg: CfgNode,
+    point: OperatingPoint | None,
+    trained: RunFolder | None = None,
+    differs: Differences | None = None,
 ) -> None:
     """Writes the report of each of DATASETS.TEST from its stored predictions.
 
@@ -28,6 +31,7 @@ def write_reports(
         cfg: with the operating threshold, and OUTPUT_DIR in which the predictions are.
         point: where that comes from.
         trained: the run of the model, OUTPUT_DIR if None.
+        differs: how the config differs from what the model was trained with.
     """
     run = RunFolder(cfg.OUTPUT_DIR)
     trained = run if trained is None else trained
@@ -41,7 +45,7 @@ def write_reports(
             facts=training_facts(cfg, trained),
             history=trained.read_history(),
             training=trained.read_metrics(),
-            differs=trained.answers_differ(cfg),
+            differs=differs or {},
         )
         write_report(
             inference,

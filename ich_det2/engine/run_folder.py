@@ -136,6 +136,11 @@ class RunFolder:
         """What ``run.json`` says; empty for a model that was trained before there was one."""
         return _read_json(self.record)
 
+    def read_differences(self) -> Differences:
+        """How a what-if differs from what its model was trained with; empty for a training."""
+        differs = _read_json(self.evaluation).get("differs", {})
+        return {key: (values["trained"], values["here"]) for key, values in differs.items()}
+
     def read_operating_point(self) -> OperatingPoint | None:
         """The threshold chosen for the best model, if it is there.
 
@@ -316,13 +321,12 @@ class RunFolder:
         """Whether a config reads another VOC tree than the record."""
         return Path(self.data_root()).resolve() != Path(cfg.DATASETS.ICH_ROOT).resolve()
 
-    def _evaluates(self, weights: str | Path) -> bool:
-        """Whether weights are those that evaluations here are of."""
+    def _evaluates(self, weights: str) -> bool:
+        """Whether weights are a model's that evaluations here are of."""
         if self.evaluation.is_file():
             known = _read_json(self.evaluation).get("weights", {}).get("sha256")
             return known == hash_of(weights)
-        own = self.weights()
-        return own is not None and sha256(own) == hash_of(weights)
+        return RunFolder.beside(weights).path.resolve() == self.path.resolve()
 
     def _write_config(self, cfg: CfgNode) -> None:
         with write_atomically(self.config) as file:

@@ -1,8 +1,7 @@
 """Trainings as the cells of an experiment: run side by side, finished once, never mixed up.
 
-A cell is one ``tools/train_net.py --resume`` in a folder of its own. ``settings.json`` there holds
-its whole config, so that a cell of other settings is not taken for it; ``done`` is written when
-the training has ended well.
+A cell is one ``tools/train_net.py --resume`` in a folder of its own, which keeps its whole config,
+so that a cell of other settings is not taken for it, and a mark when the training has ended well.
 """
 
 import contextlib
@@ -22,12 +21,10 @@ from pathlib import Path
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from ..engine.config import load_config
+from ..engine.config import differences, load_config, plain_settings
+from ..engine.run_folder import RunFolder
 from ..files import write_json
 
-SETTINGS, DONE, LOG = "settings.json", "done", "terminal.txt"
-# Where a cell runs, not what it computes.
-_PLACE = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
 _GRACE_SECONDS = 10.0
 
 
@@ -48,8 +45,12 @@ class Cell:
     values: Mapping[str, object] = field(default_factory=dict)
 
     @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
     def finished(self) -> bool:
-        return (self.folder / DONE).is_file()
+        return self.run.done.is_file()
 
     def arguments(self) -> list[str]:
         """KEY VALUE pairs of the command line."""
@@ -61,9 +62,7 @@ class Cell:
         Raises:
             FileNotFoundError, ValueError: if config or keys are wrong.
         """
-        flat = flatten(load_config(self.config, self.arguments()))
-        plain = {key: value for key, value in flat.items() if key not in _PLACE}
-        return json.loads(json.dumps(plain))  # tuples become lists, as in the file
+        return plain_settings(load_config(self.config, self.arguments()))
 
     def check(self) -> None:
         """Compares with what is in the folder; keys that only one of both knows are left out.
@@ -72,30 +71,17 @@ class Cell:
             FileNotFoundError, ValueError: if the config is wrong, or the folder holds a training
                 of other settings.
         """
-        settings, path = self.settings(), self.folder / SETTINGS
+        settings, run = self.settings(), self.run
         # A run that never reached a checkpoint has nothing to mix up.
-        begun = self.finished or (self.folder / "last_checkpoint").is_file()
-        if not begun or not path.is_file():
+        begun = self.finished or run.checkpoint() is not None
+        if not begun or not run.settings.is_file():
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for key in sorted(settings.keys() & before.keys()):
-            if settings[key] != before[key]:
-                raise ValueError(
-                    f"{self.folder}: was trained with {key} {before[key]!r}, expected"
-                    f" {settings[key]!r}; remove that folder to train it again, or give another"
-                    " output."
-                )
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict:
-    """Nested mappings as one, its keys joined by dots."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+        before = json.loads(run.settings.read_text(encoding="utf-8"))
+        for key, (trained, expected) in sorted(differences(before, settings).items()):
+            raise ValueError(
+                f"{self.folder}: was trained with {key} {trained!r}, expected {expected!r}; remove"
+                " that folder to train it again, or give another output."
+            )
 
 
 def run_cells(cells: Sequence[Cell], train_net: Path, *, jobs: int = 1) -> list[str]:
@@ -167,7 +153,7 @@ class _Runner:
 
     def _train(self, cell: Cell, slot: int) -> str | None:
         cell.folder.mkdir(parents=True, exist_ok=True)
-        with open(cell.folder / LOG, "ab") as log:
+        with open(cell.run.terminal, "ab") as log:
             try:
                 # The training inherits the lock: it holds as long as anything writes there.
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,7 +161,7 @@ class _Runner:
                 return f"{cell.folder}: is being trained by another process; left alone."
             if cell.finished:
                 return None
-            write_json(cell.folder / SETTINGS, cell.settings())
+            write_json(cell.run.settings, cell.settings())
             command = [sys.executable, str(self._train_net), "--resume"]
             command += ["--config-file", str(cell.config), *cell.arguments()]
             with self._lock:
@@ -193,10 +179,11 @@ class _Runner:
             with self._lock:
                 self._running.discard(process)
         if code:
-            lines = (cell.folder / LOG).read_text(errors="replace").split("\n")
+            log = cell.run.terminal
+            lines = log.read_text(errors="replace").split("\n")
             last = next((line for line in reversed(lines) if line.strip()), "")
-            return f"{cell.folder}: exit code {code}; {LOG} there ends with '{last.strip()}'."
-        (cell.folder / DONE).touch()
+            return f"{cell.folder}: exit code {code}; {log.name} there ends with '{last.strip()}'."
+        cell.run.done.touch()
         return None
 
     def _environment(self, slot: int) -> dict[str, str]:

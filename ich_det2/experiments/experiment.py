@@ -15,16 +15,15 @@ from tabulate import tabulate
 from ..data.inspection import split_table
 from ..data.mapper import IchDatasetMapper
 from ..data.tree import VocTree
-from ..engine.config import load_config
+from ..engine.config import flatten
 from ..evaluation.predictions import read_predictions
 from ..evaluation.visualize import draw_predictions
 from ..files import write_atomically, write_csv, write_json
 from . import figures
-from .cells import Cell, flatten
+from .cells import Cell
 from .results import (
     SEED,
     patterns,
-    read_results,
     select,
     spread_table,
     threshold_curves,
@@ -133,7 +132,7 @@ class ReportCallback(Callback):
 def _tables(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> tuple[list[dict], str]:
     """Writes results.csv, table.csv and table.md; returns the rows of results and table.md."""
     axes = list(cfg["grid"])
-    rows = [{**cell.values, **read_results(cell.folder)} for cell in cells]
+    rows = [{**cell.values, **cell.run.read_results()} for cell in cells]
     write_csv(folder / "results.csv", list(dict.fromkeys(k for row in rows for k in row)), rows)
     table = spread_table(rows, axes, cfg["metrics"])
     write_csv(folder / "table.csv", list(table[0]), table)
@@ -171,7 +170,7 @@ def _thresholds(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
     _, text = _tables(cfg, folder, cells)
     wanted, runs = cfg["thresholds"], {}
     for cell in cells:
-        predictions = read_predictions(cell.folder / "inference" / wanted["dataset"])
+        predictions = read_predictions(cell.run.inference(wanted["dataset"]))
         runs.setdefault(str(cell.values[wanted["by"]]), []).append(predictions)
     rows = threshold_curves(runs, wanted["values"], wanted["metrics"])
     write_csv(folder / "curves.csv", list(rows[0]), rows)
@@ -185,13 +184,13 @@ def _pictures(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
     axes = [axis for axis in cfg["grid"] if len({cell.values[axis] for cell in cells}) > 1]
     for cell in cells:
         name = ", ".join(str(cell.values[axis]) for axis in axes or cfg["grid"])
-        runs[name] = read_predictions(cell.folder / "inference" / dataset)
+        runs[name] = read_predictions(cell.run.inference(dataset))
         if runs[name].boxes is None:
             raise ValueError(f"{cell.folder}: has no boxes on {dataset}; only detectors are drawn.")
         split = dataset.removeprefix("ich_")
-        thresholds[name] = read_results(cell.folder)[f"{split}/operating_threshold"]
+        thresholds[name] = cell.run.read_results()[f"{split}/operating_threshold"]
     # The window is the same for all; the first cell's config is as good as any.
-    mapper = IchDatasetMapper(load_config(cells[0].folder / "config.yaml"), is_train=False)
+    mapper = IchDatasetMapper(cells[0].run.read_config(), is_train=False)
     rows = []
     for title, images in patterns(runs, thresholds, each=each).items():
         for image in images:

@@ -4,10 +4,8 @@ A row has the training's values of the experiment's axes, "seed" among them, and
 ``<split>/<level>/<metric>`` (``val/image/auc``, ``test/lesion/voc_ap50``) after ``diagnosis.json``.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -16,27 +14,6 @@ from ..evaluation.predictions import Predictions
 
 SEED = "seed"
 Row = dict[str, object]
-
-
-def read_results(folder: Path) -> dict[str, float]:
-    """All metrics of a training's evaluations: ``inference/<dataset>/diagnosis.json``.
-
-    Args:
-        folder: its OUTPUT_DIR.
-
-    Returns:
-        name -> value, NaN where undefined; "ich_val" is called "val".
-    """
-    results = {}
-    for path in sorted((folder / "inference").glob("*/diagnosis.json")):
-        split = path.parent.name.removeprefix("ich_")
-        for level, values in json.loads(path.read_text(encoding="utf-8")).items():
-            if isinstance(values, Mapping):
-                pairs = {f"{split}/{level}/{key}": value for key, value in values.items()}
-            else:
-                pairs = {f"{split}/{level}": values}
-            results |= {key: math.nan if v is None else v for key, v in pairs.items()}
-    return results
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
+from ich_det2.engine.run_folder import RunFolder
 from ich_det2.evaluation.predictions import Predictions
 from ich_det2.experiments.results import (
     patterns,
-    read_results,
     select,
     spread,
     spread_table,
@@ -71,7 +71,7 @@ def test_results_are_named_by_split_and_level(tmp_path):
         folder.mkdir(parents=True)
         content = {"operating_threshold": 0.5, "image": {"auc": None, "recall": 0.25}}
         (folder / "diagnosis.json").write_text(json.dumps(content))
-    found = read_results(tmp_path)
+    found = RunFolder(tmp_path).read_results()
     assert found["val/operating_threshold"] == 0.5 and found["test/image/recall"] == 0.25
     assert math.isnan(found["test/image/auc"]) and len(found) == 6
 

@@ -43,7 +43,8 @@ def fake_cell(folder, scores):
     box = {"category_id": 0, "bbox": [0, 0, 10, 10]}
     truth = [{"image_id": i, **box} for i, (label, _) in scores.items() if label]
     found = [{"image_id": i, "score": score, **box} for i, (_, score) in scores.items()]
-    (inference / "ich_test_coco_format.json").write_text(json.dumps({"annotations": truth}))
+    content = {"images": [{"id": i} for i in scores], "annotations": truth}
+    (inference / "ich_test_coco_format.json").write_text(json.dumps(content))
     (inference / "coco_instances_results.json").write_text(json.dumps(found))
     metrics = [{"iteration": 0, "rpn/ratio_target": k} for k in (1.0, 2.0)]
     (folder / "metrics.json").write_text("\n".join(map(json.dumps, metrics)))
