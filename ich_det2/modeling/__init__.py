@@ -5,7 +5,11 @@ from .backbone import TimmBackbone, TorchvisionBackbone
 from .classifier import ImageClassifier
 from .classifier_networks import CLASSIFIER_REGISTRY
 from .inception_roi_heads import InceptionV3ROIHeads
-from .roi_heads import CostSensitiveRes5ROIHeads, CostSensitiveROIHeads
+from .roi_heads import (
+    CostSensitiveCascadeROIHeads,
+    CostSensitiveRes5ROIHeads,
+    CostSensitiveROIHeads,
+)
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
 from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
 
@@ -14,6 +18,7 @@ __all__ = [
     "CLASSIFIER_REGISTRY",
     "AdaptiveRatioSampler",
     "ClusteredAnchorGenerator",
+    "CostSensitiveCascadeROIHeads",
     "CostSensitiveROIHeads",
     "CostSensitiveRPN",
     "CostSensitiveRPNHead",

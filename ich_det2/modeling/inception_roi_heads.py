@@ -1,14 +1,15 @@
 """The second stage of Inception V3: its last blocks on each proposal."""
 
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY
 
 from .backbone.torchvision_backbone import inception_v3_layers
+from .roi_heads import CostSensitiveRes5ROIHeads
 
 
 @ROI_HEADS_REGISTRY.register()
-class InceptionV3ROIHeads(Res5ROIHeads):
-    """:class:`Res5ROIHeads` whose fifth stage is Mixed_7a to Mixed_7c, as in torchvision.
+class InceptionV3ROIHeads(CostSensitiveRes5ROIHeads):
+    """:class:`CostSensitiveRes5ROIHeads` whose fifth stage is torchvision's Mixed_7a to Mixed_7c.
 
     Mixed_7a halves the side without padding. The network's own map there is 17 x 17, which makes
     ``MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION`` 17 and the last map 8 x 8.

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, cat
-from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads, StandardROIHeads
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads import (
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 
 
@@ -80,4 +86,21 @@ class CostSensitiveRes5ROIHeads(Res5ROIHeads):
         ret["box_predictor"] = CostSensitiveFastRCNNOutputLayers(
             cfg, ShapeSpec(channels=channels, height=1, width=1)
         )
+        return ret
+
+
+@ROI_HEADS_REGISTRY.register()
+class CostSensitiveCascadeROIHeads(CascadeROIHeads):
+    """:class:`CascadeROIHeads` with ``MODEL.ROI_HEADS.COST.ALPHA`` in each of its stages."""
+
+    @classmethod
+    def _init_box_head(cls, cfg, input_shape):
+        ret = super()._init_box_head(cfg, input_shape)
+        weights = cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
+        ret["box_predictors"] = [
+            CostSensitiveFastRCNNOutputLayers(
+                cfg, head.output_shape, box2box_transform=Box2BoxTransform(weights=stage)
+            )
+            for head, stage in zip(ret["box_heads"], weights)
+        ]
         return ret

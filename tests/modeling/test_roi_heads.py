@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
 from ich_det2.modeling.roi_heads import (
+    CostSensitiveCascadeROIHeads,
     CostSensitiveFastRCNNOutputLayers,
     CostSensitiveRes5ROIHeads,
     CostSensitiveROIHeads,
@@ -21,7 +22,9 @@ BOX = [0.0, 0.0, 10.0, 10.0]
 HEADS = [
     ("StandardROIHeads", CostSensitiveROIHeads, "stride16"),
     ("Res5ROIHeads", CostSensitiveRes5ROIHeads, "res4"),
+    ("CascadeROIHeads", CostSensitiveCascadeROIHeads, "stride16"),
 ]
+HEAD_IDS = ["standard", "res5", "cascade"]
 
 
 def build(tiny_cfg, name, feature, *opts):
@@ -32,6 +35,7 @@ def build(tiny_cfg, name, feature, *opts):
         # A fifth stage of 32 channels for Res5ROIHeads.
         "MODEL.RESNETS.RES2_OUT_CHANNELS", 4,
         "MODEL.RESNETS.WIDTH_PER_GROUP", 4,
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "Cascade" in name,
         *opts,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -60,7 +64,7 @@ def run(heads, feature):
     return losses, {**grads, feature: features[feature].grad}
 
 
-@pytest.mark.parametrize(("stock", "ours", "feature"), HEADS, ids=["standard", "res5"])
+@pytest.mark.parametrize(("stock", "ours", "feature"), HEADS, ids=HEAD_IDS)
 def test_alpha_one_equals_stock_bit_for_bit(tiny_cfg, stock, ours, feature):
     opts = ("MODEL.ROI_HEADS.COST.ALPHA", 1.0)
     heads = [build(tiny_cfg, name, feature, *opts) for name in (stock, ours.__name__)]
@@ -73,14 +77,21 @@ def test_alpha_one_equals_stock_bit_for_bit(tiny_cfg, stock, ours, feature):
     assert stock_grads[feature].abs().sum() > 0
 
 
-@pytest.mark.parametrize(("stock", "ours", "feature"), HEADS, ids=["standard", "res5"])
-def test_both_heads_build_from_the_config(tiny_cfg, stock, ours, feature):
+@pytest.mark.parametrize(("stock", "ours", "feature"), HEADS, ids=HEAD_IDS)
+def test_all_heads_build_from_the_config(tiny_cfg, stock, ours, feature):
     heads = build(tiny_cfg, ours.__name__, feature, "MODEL.ROI_HEADS.COST.ALPHA", 2.5)
     assert type(heads) is ours
-    assert type(heads.box_predictor) is CostSensitiveFastRCNNOutputLayers
-    assert heads.box_predictor.alpha == 2.5
+    stages = getattr(heads, "num_cascade_stages", 1)
+    predictors = heads.box_predictor if stages > 1 else [heads.box_predictor]
+    assert [type(p) for p in predictors] == [CostSensitiveFastRCNNOutputLayers] * stages
+    assert [p.alpha for p in predictors] == [2.5] * stages
     losses, _ = run(heads, feature)
-    assert set(losses) == {"loss_cls", "loss_box_reg"}
+    unweighed, _ = run(build(tiny_cfg, ours.__name__, feature), feature)
+    assert len(losses) == 2 * stages
+    assert all(
+        (losses[k] != unweighed[k]) == k.startswith("loss_cls") for k in losses if stages == 1
+    )
+    assert all(losses[k] != unweighed[k] for k in losses if "loss_cls" in k)
     assert all(math.isfinite(x.item()) for x in losses.values())
 
 
