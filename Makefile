@@ -29,6 +29,7 @@ test: setup lint
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Needs `uv` on the PATH; writes one lock for all supported Pythons.
 lock:

@@ -109,7 +109,7 @@ def cluster_pairs(boxes_wh: np.ndarray, num_pairs: int = 9, *, seed: int = 0) ->
         first = _group_starts(len(boxes_wh))
         boxes_wh, weights = boxes_wh[first], np.add.reduceat(weights, first)
     rng = np.random.default_rng(seed)
-    pairs, best = None, -1.0
+    pairs, best = boxes_wh, -1.0
     for _ in range(STARTS):
         centres, mean_iou = _lloyd(boxes_wh, weights, _spread(boxes_wh, weights, num_pairs, rng))
         if mean_iou > best:
@@ -182,11 +182,12 @@ def _spread(
     boxes_wh: np.ndarray, weights: np.ndarray, num_pairs: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Starts as of k-means++: boxes drawn by their squared distance to those drawn before."""
-    pairs, distance = [], np.ones(len(boxes_wh))
+    pairs: list[np.ndarray] = []
+    distance = np.ones(len(boxes_wh))
     while len(pairs) < num_pairs and distance.any():
         chances = weights * distance**2
         pairs.append(boxes_wh[rng.choice(len(boxes_wh), p=chances / chances.sum())])
-        distance = np.minimum(distance, 1 - _nearest(boxes_wh, pairs[-1:])[1])
+        distance = np.minimum(distance, 1 - _nearest(boxes_wh, np.array(pairs[-1:]))[1])
     return np.array(pairs)
 
 

@@ -51,7 +51,7 @@ def find_context(tree: VocTree, reach: int, *, by_name: bool = False) -> dict[st
             f"{tree.root}: patients.csv has no position_mm for {named} images: each series' slices"
             " are taken in the order of the last number in their names."
         )
-    context = {}
+    context: dict[str, list[str]] = {}
     for members in series.values():
         names = np.array([image for image, _ in members], dtype=object)
         table = neighbours([position for _, position in members], reach)

@@ -148,14 +148,15 @@ def _open(path: str | Path, *, mask: bool = False) -> Iterator[Image.Image]:
 def _bits(image: Image.Image) -> int:
     """Bits of a value; Pillow cuts a PNG of 16 bit with colour or alpha to 8 without a word."""
     if image.format == "PNG":
-        return max((16 for tile in image.tile if "16" in str(tile[3])), default=8)
+        tiles = getattr(image, "tile", ())
+        return 16 if any("16" in str(tile[3]) for tile in tiles) else 8
     return 16 if image.mode.startswith(("I", "F")) else 8
 
 
 def _opaque(path: str | Path, image: Image.Image) -> Image.Image:
     if "A" in image.mode or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        if rgba.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(rgba.getchannel("A")).min() < 255:
             raise ValueError(
                 f"{path} has transparent pixels, whose grey value is not known; save it without"
                 " transparency."

@@ -119,7 +119,7 @@ def split_stratified(
         ]
         best = allowed[int(np.argmax(np.round(gain, 12)))]
         filled[best] += weight[label]
-        split_of[label] = best
+        split_of[label] = int(best)
     assigned = np.array([split_of[label] for label in labels], dtype=int)
     return [np.flatnonzero(assigned == split) for split in range(len(shares))]
 

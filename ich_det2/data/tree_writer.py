@@ -21,7 +21,7 @@ from scipy import ndimage
 from ..files import remove_leftovers, write_atomically, write_csv
 from .pictures import is_picture, write_picture
 from .tree import ANNOTATIONS, IMAGE_FOLDERS, LABELS, PATIENT_FIELDS, PATIENTS, read_table
-from .voc import Box, read_voc, write_voc
+from .voc import DECIMALS, Box, read_voc, write_voc
 
 SOURCES = "sources.json"
 """Where each image came from: its source's path under SOURCE, and what a way back needs."""
@@ -64,12 +64,12 @@ class VocWriter:
             (self.root / folder).mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.root / folder)
         remove_leftovers(self.root)
-        for table, keep in ((PATIENTS, self._rows), (LABELS, self._labels)):
-            if (self.root / table).is_file():
-                rows = read_table(self.root / table, ("image",))
-                keep.update(
-                    (row["image"], row if keep is self._rows else row["label"]) for _, row in rows
-                )
+        if (self.root / PATIENTS).is_file():
+            rows = read_table(self.root / PATIENTS, ("image", "patient"))
+            self._rows = {row["image"]: row for _, row in rows}
+        if (self.root / LABELS).is_file():
+            rows = read_table(self.root / LABELS, ("image", "label"))
+            self._labels = {row["image"]: row["label"] for _, row in rows}
         if (self.root / SOURCES).is_file():
             self._sources = json.loads((self.root / SOURCES).read_text(encoding="utf-8"))
 
@@ -125,7 +125,7 @@ class VocWriter:
         if name not in self or (label is not None and self._labels.get(name) != str(int(label))):
             return True
         voc = read_voc(self._xml(name))
-        kept, dropped = clip(objects, voc.width, voc.height)
+        kept, dropped = clip(objects, voc.width or 0, voc.height or 0)
         if [(obj.name, obj.box) for obj in voc.objects] != kept:
             return True
         self._count(kept, dropped)
@@ -242,7 +242,8 @@ def clip(
     Returns:
         The boxes of which a pixel or more is in the image, and the numbers of the others by reason.
     """
-    kept, dropped = [], Counter()
+    kept: list[tuple[str, Box]] = []
+    dropped: Counter[str] = Counter()
     for name, (x0, y0, x1, y1) in objects:
         if not (x1 > x0 and y1 > y0):  # NaN compares as false
             dropped["of no size"] += 1
@@ -253,6 +254,7 @@ def clip(
         x0, x1 = max(float(x0), 0.0), min(float(x1), float(width))
         y0, y1 = max(float(y0), 0.0), min(float(y1), float(height))
         if x1 - x0 >= 1 and y1 - y0 >= 1:
+            x0, y0, x1, y1 = (round(value, DECIMALS) for value in (x0, y0, x1, y1))
             kept.append((name, (x0, y0, x1, y1)))
         else:
             dropped["outside the image"] += 1
@@ -282,12 +284,12 @@ def boxes_of_mask(
     for value in np.unique(mask[mask != 0]).tolist():
         if (name := name_of(value)) is not None:
             values_of.setdefault(name, []).append(value)
-    objects = []
+    objects: list[tuple[str, Box]] = []
     for name, values in values_of.items():
         parts, _ = ndimage.label(np.isin(mask, values), structure=np.ones((3, 3)))
         sizes = np.bincount(parts.ravel())
         for label, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
             if sizes[label] >= min_pixels:
-                box = (columns.start, rows.start, columns.stop, rows.stop)
-                objects.append((name, tuple(map(float, box))))
+                x0, y0, x1, y1 = columns.start, rows.start, columns.stop, rows.stop
+                objects.append((name, (float(x0), float(y0), float(x1), float(y1))))
     return objects

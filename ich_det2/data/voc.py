@@ -14,7 +14,6 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from dataclasses import dataclass
-from decimal import Context, Decimal
 from pathlib import Path
 
 import defusedxml.ElementTree as SafeET
@@ -27,9 +26,8 @@ Box = tuple[float, float, float, float]
 MAX_BYTES = 8 << 20
 """Largest annotation file accepted; a thousand objects take half a MiB."""
 
-# Adding and taking away the 1 of "1-based" in binary floats loses bits (0.1 + 1 - 1 != 0.1). No
-# double needs more than 1074 decimal places, so this precision makes every round trip exact.
-_EXACT = Context(prec=1100)
+DECIMALS = 6
+"""Places behind the point that coordinates keep; what a mouse draws has none, a resize a few."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,8 @@ def write_voc(
     objects: Iterable[tuple[str, Box]],
     database: str | None = None,
 ) -> None:
-    """Write a VOC annotation that LabelImg opens and ``read_voc`` reads back exactly.
+    """Write a VOC annotation that LabelImg opens and ``read_voc`` reads back, to
+    ``DECIMALS`` places.
 
     The file appears whole or not at all: it is written beside its target and renamed.
 
@@ -189,8 +188,8 @@ def _text(parent: ET.Element | None, tag: str) -> str | None:
 
 def _number(text: str | None, what: str) -> float:
     try:
-        value = float(text)
-    except (TypeError, ValueError):
+        value = float(text or "nan")
+    except ValueError:
         value = math.nan
     if not math.isfinite(value):
         got = "missing" if text is None else f"'{_short(text)}'"
@@ -227,8 +226,7 @@ def _read_object(
 
 def _read_span(bndbox: ET.Element, axis: str, size: int | None, where: str) -> tuple[float, float]:
     """One axis of a box: 1-based inclusive corners to 0-based edges, clipped to the image."""
-    low_text = _text(bndbox, f"{axis}min")
-    low = _number(low_text, f"{where}: {axis}min")
+    low = _number(_text(bndbox, f"{axis}min"), f"{where}: {axis}min")
     high = _number(_text(bndbox, f"{axis}max"), f"{where}: {axis}max")
     if high < low:
         raise ValueError(
@@ -236,8 +234,7 @@ def _read_span(bndbox: ET.Element, axis: str, size: int | None, where: str) -> t
             "not empty."
         )
     limit = math.inf if size is None else size
-    start = max(float(_EXACT.subtract(Decimal(low_text), Decimal(1))), 0.0)
-    stop = float(min(high, limit))
+    start, stop = max(round(low - 1, DECIMALS), 0.0), round(float(min(high, limit)), DECIMALS)
     if not start < stop:
         raise ValueError(
             f"{where}: {axis}min {low:g} to {axis}max {high:g} has no pixel inside the image "
@@ -262,7 +259,7 @@ def _add_object(root: ET.Element, name: str, box: Box, width: int, height: int, 
     x0, y0, x1, y1 = (float(value) for value in box)
     for axis, low, high, limit in (("x", x0, x1, width), ("y", y0, y1, height)):
         # As read_voc sees it: the 1-based low corner may not lie beyond the high one.
-        if not (0 <= low < high <= limit and float(_one_based(low)) <= high):
+        if not (0 <= low < high <= limit and round(low + 1, DECIMALS) <= round(high, DECIMALS)):
             raise ValueError(
                 f"{where}: {axis} runs from {low:g} to {high:g}, expected at least one pixel "
                 f"between 0 and {limit}; clip the box to the image."
@@ -272,18 +269,8 @@ def _add_object(root: ET.Element, name: str, box: Box, width: int, height: int, 
     for tag, text in (("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
         _add(element, tag, text)
     bndbox = _add(element, "bndbox")
-    _add(bndbox, "xmin", _one_based(x0))
-    _add(bndbox, "ymin", _one_based(y0))
-    _add(bndbox, "xmax", _plain(Decimal(repr(x1))))
-    _add(bndbox, "ymax", _plain(Decimal(repr(y1))))
-
-
-def _one_based(edge: float) -> str:
-    return _plain(_EXACT.add(Decimal(repr(edge)), Decimal(1)))
-
-
-def _plain(value: Decimal) -> str:
-    return str(int(value)) if value == value.to_integral_value() else format(value, "f")
+    for tag, value in (("xmin", x0 + 1), ("ymin", y0 + 1), ("xmax", x1), ("ymax", y1)):
+        _add(bndbox, tag, f"{value:.{DECIMALS}f}".rstrip("0").rstrip("."))
 
 
 def _printable(text: str, what: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -46,9 +48,9 @@ def read_nifti(path: str | os.PathLike, dtype=np.float32) -> Volume:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         shape = [n for n in image.shape[3:] if n != 1]
-        if len(image.shape) < 3 or shape or np.prod(image.shape, dtype=float) > MAX_VOXELS:
+        if len(image.shape) < 3 or shape or math.prod(image.shape) > MAX_VOXELS:
             raise ValueError(f"has the shape {image.shape}, expected three axes of a head")
         axes = "".join(str(axis) for axis in nib.aff2axcodes(image.affine))
         guessed = _doubt(image)

@@ -162,7 +162,8 @@ def pr_curve(y_true, y_score) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ValueError: as :func:`confusion_at_thresholds`.
     """
     thresholds = np.unique(_check(y_true, y_score)[1])
-    metrics = diagnosis_metrics(**confusion_at_thresholds(y_true, y_score, thresholds))
+    counts: dict = confusion_at_thresholds(y_true, y_score, thresholds)
+    metrics = diagnosis_metrics(**counts)
     last = 0.0 if np.any(y_true) else np.nan
     return np.r_[metrics["precision"], 1.0], np.r_[metrics["recall"], last], thresholds
 
@@ -347,10 +348,10 @@ def group_scores(
 
 def group_index(groups: Sequence) -> tuple[np.ndarray, np.ndarray]:
     """Sorted unique names of groups, as text, and the place of each image's group among them."""
-    groups = np.asarray(groups)
-    if groups.dtype.kind not in "iu":  # whole numbers sort much faster as such
-        groups = groups.astype(str)
-    names, index = np.unique(groups, return_inverse=True)
+    labels = np.asarray(groups)
+    if labels.dtype.kind not in "iu":  # whole numbers sort much faster as such
+        labels = labels.astype(str)
+    names, index = np.unique(labels, return_inverse=True)
     return names.astype(str), index
 
 

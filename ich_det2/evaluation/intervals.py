@@ -56,15 +56,15 @@ def bootstrap_by_group(
     if len(names) == 0:
         raise ValueError("expected at least one image, got none.")
     rng = np.random.default_rng(seed)
-    draws = []
+    parts = []
     step = max(1, _CHUNK // max(len(index), len(names)))
     for start in range(0, n_resamples, step):
         size = min(step, n_resamples - start)
         drawn = rng.integers(len(names), size=(size, len(names)))
         drawn += np.arange(size)[:, None] * len(names)
         counts = np.bincount(drawn.ravel(), minlength=size * len(names))
-        draws.append(_values(statistic, counts.reshape(size, len(names)), index))
-    draws = np.concatenate(draws, axis=1)
+        parts.append(_values(statistic, counts.reshape(size, len(names)), index))
+    draws = np.concatenate(parts, axis=1)
     n = np.full(len(draws), len(names))
     if 2 < len(names) <= _FEW:
         n = np.maximum(_groups_that_matter(statistic, len(names), index), 2)
