@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ich_det2.cli import guard
 from ich_det2.data.splits import make_folds, split_by_group, split_by_image, split_stratified
-from ich_det2.data.tree import VocTree
+from ich_det2.data.tree import PATIENTS, VocTree
 
 Patients = dict[str, tuple[str, str]]
 
@@ -148,7 +148,7 @@ def find_patients(tree: VocTree, *, required: bool) -> tuple[Patients, bool]:
     if tree.has_patients:
         if required and (lacking := sorted(tree.images.keys() - tree.patients.keys())):
             raise ValueError(
-                f"{tree.root / 'patients.csv'}: lacks {len(lacking)} of {len(tree.images)} images, "
+                f"{tree.root / PATIENTS}: lacks {len(lacking)} of {len(tree.images)} images, "
                 f"'{lacking[0]}' for one; add a line for each."
             )
         return tree.patients, False
@@ -159,7 +159,7 @@ def find_patients(tree: VocTree, *, required: bool) -> tuple[Patients, bool]:
             identities[image] = (tree.header_patients[image], study)
         elif required:
             raise ValueError(
-                f"{path}: does not say whose image it is; write {tree.root / 'patients.csv'} with "
+                f"{path}: does not say whose image it is; write {tree.root / PATIENTS} with "
                 "the header image,patient and a line for each image."
             )
     return pseudonymise(identities), True

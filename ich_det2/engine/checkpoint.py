@@ -17,6 +17,9 @@ TIMM_PREFIX = "timm://"
 TORCHVISION_PREFIX = "torchvision://"
 LIBRARY_PREFIXES = (TIMM_PREFIX, TORCHVISION_PREFIX)
 
+LAST_CHECKPOINT = "last_checkpoint"
+"""The file of OUTPUT_DIR in which fvcore's Checkpointer notes what --resume goes on from."""
+
 # What a pickle of numpy arrays (Detectron2's model zoo) is made of, and nothing else.
 _SAFE_GLOBALS = {
     ("numpy", "ndarray"),
@@ -68,6 +71,7 @@ class IchCheckpointer(DetectionCheckpointer):
         """
         if not path.startswith(LIBRARY_PREFIXES):
             return super().load(path, *args, **kwargs)
+        path = path.partition("?")[0]  # names of a library's layers need no heuristics
         self.logger.info(f"[IchCheckpointer] Loading from {path} ...")
         if path.startswith(TORCHVISION_PREFIX):
             self._load_torchvision(path)
@@ -155,7 +159,7 @@ class IchCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         # A run killed while fvcore writes the file could not be resumed.
-        with write_atomically(Path(self.save_dir) / "last_checkpoint") as f:
+        with write_atomically(Path(self.save_dir) / LAST_CHECKPOINT) as f:
             f.write(last_filename_basename)
 
 

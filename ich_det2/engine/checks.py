@@ -18,6 +18,7 @@ from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import metric_names
 from ..modeling.backbone.timm_backbone import pretrained_state_dict
 from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
+from ..modeling.keys import check_read_keys
 from .anchors import fill_anchors, take_trained_anchors
 from .checkpoint import LIBRARY_PREFIXES, TIMM_PREFIX, TORCHVISION_PREFIX, IchCheckpointer
 from .config import (
@@ -26,6 +27,7 @@ from .config import (
     first_line,
     flatten,
     is_classifier,
+    load_config,
 )
 from .operating_point import check_operating_point
 from .partitions import ROLES, overlaps
@@ -101,6 +103,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         run.check_continues(cfg)
     _check_data(cfg, eval_only)
     if not eval_only:
+        if not continues:
+            check_read_keys(flatten(cfg), flatten(load_config("")))
         _check_best_metric(cfg)
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:
@@ -367,6 +371,7 @@ def check_weights(weights: str, *, trained: bool) -> None:
         )
     if not weights:
         return
+    weights = weights.partition("?")[0]  # ?matching_heuristics=True, as Detectron2 takes it
     try:
         if weights.startswith(TIMM_PREFIX):
             pretrained_state_dict(weights[len(TIMM_PREFIX) :])

@@ -36,11 +36,12 @@ from ..evaluation.evaluator import DIAGNOSIS
 from ..evaluation.operating_point import OperatingPoint
 from ..files import sha256, write_atomically, write_json
 from ..version import __version__
+from .checkpoint import LAST_CHECKPOINT
 from .config import Differences, change_answers, differences, load_config, not_continuable
 
 _WHAT_IF, _INFERENCE, _EARLIER = "what_if", "inference", "earlier"
 _OF_A_TRAINING = (
-    *("config.yaml", "run.json", "evaluation.json", "operating_point.json", "last_checkpoint"),
+    *("config.yaml", "run.json", "evaluation.json", "operating_point.json", LAST_CHECKPOINT),
     *("model_*.pth", "model_best.json", "metrics.json", "events.out.tfevents.*", "log.txt*"),
     *("diagnosis_history.*", _INFERENCE, _WHAT_IF),
 )
@@ -67,7 +68,7 @@ class RunFolder:
     settings = _file("settings.json")
     done = _file("done")
     terminal = _file("terminal.txt")
-    _last = _file("last_checkpoint")
+    _last = _file(LAST_CHECKPOINT)
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)

@@ -18,13 +18,11 @@ from detectron2.config import CfgNode
 from ..data.mapper import IchDatasetMapper
 from ..engine.anchors import needs_anchors
 from ..engine.checkpoint import load_trained
-from ..engine.config import context_settings, load_config
+from ..engine.config import context_settings
 from ..engine.operating_point import find_operating_point
+from ..engine.run_folder import EXPECTED, RunFolder
 from ..files import sha256
 from .slices import Slice, _reason
-
-WEIGHTS = ("model_best.pth", "model_final.pth")
-"""Weights in a training run's OUTPUT_DIR, the first preferred."""
 
 # Enough to hide the decoding of most files behind a network; each holds one slice in memory.
 _READERS = 4
@@ -67,7 +65,7 @@ def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, P
     """Reads what a training run left in its OUTPUT_DIR.
 
     Args:
-        folder: holds ``config.yaml`` and one of ``WEIGHTS``.
+        folder: holds ``config.yaml`` and its best or last weights.
         device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
 
     Returns:
@@ -76,28 +74,24 @@ def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, P
     Raises:
         FileNotFoundError, ValueError: one sentence, if something is missing or unreadable.
     """
-    folder = Path(folder)
-    config = folder / "config.yaml"
-    expected = "expected OUTPUT_DIR of a training run by tools/train_net.py"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; {expected}.")
-    if not config.is_file():
-        raise FileNotFoundError(f"{folder}: holds no config.yaml; {expected}.")
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"{folder}: holds neither {' nor '.join(WEIGHTS)}; {expected}.")
+    run = RunFolder(folder)
+    config = run.config
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no GPU; use cpu.")
     try:
-        cfg = load_config(config, ["MODEL.DEVICE", device] if device else [])
+        cfg = run.read_config(device)
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise ValueError(f"{config}: is no config of Detectron2 ({_reason(error, config)}).") from (
             error
         )
+    weights = run.weights()
+    if weights is None:
+        names = f"{run.best.name} nor {run.final.name}"
+        raise FileNotFoundError(f"{run.path}: holds neither {names}; {EXPECTED}.")
     if needs_anchors(cfg):
         raise ValueError(
             f"{config}: leaves the anchors open, so the weights cannot be used; take the "
-            "config.yaml that training wrote beside them."
+            f"{config.name} that training wrote beside them."
         )
     return cfg, weights
 
@@ -144,7 +138,7 @@ class Diagnoser:
         """Loads the model that a training run left in its OUTPUT_DIR.
 
         Args:
-            folder: holds ``config.yaml`` and one of ``WEIGHTS``.
+            folder: holds ``config.yaml`` and its best or last weights.
             device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
             batch_size: slices in a batch; ``TEST.BATCH_SIZE`` if None.
 
@@ -159,7 +153,9 @@ class Diagnoser:
         try:
             model = load_trained(cfg, weights)
         except (KeyError, AssertionError) as error:
-            raise ValueError(f"config.yaml beside {weights}: {_reason(error, weights)}.") from error
+            raise ValueError(
+                f"{RunFolder.beside(weights).config}: {_reason(error, weights)}."
+            ) from error
         _check_weights(model, weights)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         return cls(

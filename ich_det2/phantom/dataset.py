@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 
 from ..cli import progress
+from ..data.tree import ANNOTATIONS, IMAGE_FOLDERS, VocTree
 from ..data.voc import write_voc
 from .bleeds import TYPES
 from .dicom import GENERATOR, patient_name, write_slices
@@ -58,7 +59,7 @@ def write_dataset(
         ValueError: the system has ended a worker.
     """
     root = Path(root)
-    for folder in ("DICOM", "Annotations", "ImageSets/Main"):
+    for folder in (IMAGE_FOLDERS[0], ANNOTATIONS):
         (root / folder).mkdir(parents=True)
     plan = plan_patients(patients, seed)
     run = functools.partial(_write_patient, root, seed, size)
@@ -66,13 +67,10 @@ def write_dataset(
         found = run_all(run, range(1, patients + 1), plan)
         slices = list(progress(found, "patients", total=patients))
     splits = split_patients(plan)
-    for name, numbers in splits.items():
-        lines = [f"{stem}\n" for number in numbers for stem in slices[number - 1]]
-        (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(lines), newline="\n")
-    rows = ["image,patient,study\n"]
-    for name, stems in zip(map(patient_name, range(1, patients + 1)), slices):
-        rows += [f"{stem},{name},{name}_1\n" for stem in stems]
-    (root / "patients.csv").write_text("".join(rows), newline="\n")
+    lists = {s: [i for n in numbers for i in slices[n - 1]] for s, numbers in splits.items()}
+    owners = dict(zip(map(patient_name, range(1, patients + 1)), slices))
+    studies = {stem: (name, f"{name}_1") for name, stems in owners.items() for stem in stems}
+    VocTree(root).write_lists(lists, patients=studies)
     names = [names for stems in slices for names in stems.values()]
     boxes = Counter(itertools.chain(*names))
     counts = {
@@ -152,10 +150,10 @@ def _write_patient(
     cv2.setNumThreads(1)
     rng = np.random.default_rng(np.random.SeedSequence([seed, patient]))
     phantom = make_patient(rng, types=types, size=size)
-    paths = write_slices(phantom, root / "DICOM", patient=patient, seed=seed)
+    paths = write_slices(phantom, root / IMAGE_FOLDERS[0], patient=patient, seed=seed)
     for path, lesions in zip(paths, phantom.lesions):
         write_voc(
-            root / "Annotations" / f"{path.stem}.xml",
+            root / ANNOTATIONS / f"{path.stem}.xml",
             filename=path.name,
             width=size,
             height=size,

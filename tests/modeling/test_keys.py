@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 
-from ich_det2.engine.config import load_config
-from ich_det2.experiments.cells import flatten
+from ich_det2.engine.config import flatten, load_config
 from ich_det2.modeling import CostSensitiveRPN
 from ich_det2.modeling.keys import check_read_keys
 
