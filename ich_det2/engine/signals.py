@@ -48,27 +48,34 @@ class StopOnSignal(HookBase):
     def before_train(self):
         self._handlers.enter_context(on_signals(self._note))
 
-    def after_train(self):
-        self._handlers.close()
-
     def _note(self, number: int) -> None:
         self._received = number
         logger.warning("%s: stopping behind this iteration.", signal.Signals(number).name)
 
     def after_step(self):
-        number = self._received
-        if comm.get_world_size() > 1:
-            number = max(comm.all_gather(number))
-        if not number:
-            return
         iteration = self.trainer.iter
-        name = f"model_{iteration:07d}"
-        # The periodic one may have been faster, and the last one is called otherwise.
-        done = iteration + 1 >= self.trainer.max_iter
-        if comm.is_main_process() and not done:
-            if not self._checkpointer.get_checkpoint_file().endswith(f"{name}.pth"):
+        if iteration + 1 >= self.trainer.max_iter:
+            return  # the training ends by itself, with its last checkpoint
+        if number := self._gathered():
+            name = f"model_{iteration:07d}"
+            # The periodic one may have been faster.
+            saved = self._checkpointer.get_checkpoint_file().endswith(f"{name}.pth")
+            if comm.is_main_process() and not saved:
                 self._checkpointer.save(name, iteration=iteration)
-        raise Interrupted(number)
+            raise Interrupted(number)
+
+    def after_train(self):
+        ended = self.trainer.iter >= self.trainer.max_iter
+        number = self._gathered() if ended else 0
+        self._handlers.close()
+        if number:
+            raise Interrupted(number)
+
+    def _gathered(self) -> int:
+        """The signal that any rank got, 0 for none."""
+        if comm.get_world_size() == 1:
+            return self._received
+        return max(comm.all_gather(self._received))
 
 
 @contextlib.contextmanager

@@ -106,7 +106,10 @@ class IchTrainer(DefaultTrainer):
         """
         validated = {row["iteration"] for row in RunFolder(self.cfg.OUTPUT_DIR).read_history()}
         if self.start_iter >= self.max_iter and self.max_iter in validated:
-            logger.info("All %d iterations are done: nothing is trained.", self.max_iter)
+            logger.info(
+                "Resume training from iteration %d: all are done, nothing is trained.",
+                self.start_iter,
+            )
             return None
         try:
             return super().train()

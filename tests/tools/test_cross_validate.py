@@ -46,7 +46,7 @@ def fake_cell(folder, scores):
     content = {"images": [{"id": i} for i in scores], "annotations": truth}
     (inference / "ich_test_coco_format.json").write_text(json.dumps(content))
     (inference / "coco_instances_results.json").write_text(json.dumps(found))
-    metrics = [{"iteration": 0, "rpn/ratio_target": k} for k in (1.0, 2.0)]
+    metrics = [{"iteration": i, "rpn/ratio_target": k} for i, k in enumerate((1.0, 2.0))]
     (folder / "metrics.json").write_text("\n".join(map(json.dumps, metrics)))
     (folder / "done").touch()
 
