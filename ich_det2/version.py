@@ -1,3 +1,3 @@
 """The package's version, which every room may name."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

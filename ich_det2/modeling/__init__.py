@@ -1,17 +1,20 @@
 """Models: importing this package registers its parts in Detectron2's registries."""
 
-from .anchor_generator import ClusteredAnchorGenerator
-from .backbone import TimmBackbone, TorchvisionBackbone
-from .classifier import ImageClassifier
-from .classifier_networks import CLASSIFIER_REGISTRY
-from .inception_roi_heads import InceptionV3ROIHeads
-from .roi_heads import (
-    CostSensitiveCascadeROIHeads,
-    CostSensitiveRes5ROIHeads,
-    CostSensitiveROIHeads,
-)
-from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
-from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
+import importlib.util
+
+if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does without
+    from .anchor_generator import ClusteredAnchorGenerator
+    from .backbone import TimmBackbone, TorchvisionBackbone
+    from .classifier import ImageClassifier
+    from .classifier_networks import CLASSIFIER_REGISTRY
+    from .inception_roi_heads import InceptionV3ROIHeads
+    from .roi_heads import (
+        CostSensitiveCascadeROIHeads,
+        CostSensitiveRes5ROIHeads,
+        CostSensitiveROIHeads,
+    )
+    from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
+    from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
 
 __all__ = [
     "ANCHOR_SAMPLER_REGISTRY",

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 from pydicom.pixels import get_decoder
-from scipy import ndimage
 
 from .elements import Refusal, Source, inflate
 from .header import Header, naming, read_headers
@@ -272,6 +271,8 @@ def _between(values: np.ndarray, low: int, high: int) -> np.ndarray:
 
 def _touching_border(mask: np.ndarray) -> np.ndarray:
     """The connected parts of a mask, bool (H, W), that reach the image's border."""
+    from scipy import ndimage  # half of this room's time to import, for a rare file
+
     regions, _ = ndimage.label(mask)
     border = np.concatenate([regions[0], regions[-1], regions[:, 0], regions[:, -1]])
     return mask & np.isin(regions, border)
