@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from ..data.inspection import split_table
 from ..data.mapper import IchDatasetMapper
-from ..data.tree import VocTree
+from ..data.tree import LISTS
 from ..engine.config import flatten
 from ..evaluation.predictions import read_predictions
 from ..evaluation.visualize import draw_predictions
@@ -72,10 +72,11 @@ def check_data(cfg: DictConfig) -> None:
     Raises:
         FileNotFoundError: if they are not there.
     """
-    if not Path(cfg.data.root).is_dir() or "train" not in VocTree(cfg.data.root).lists:
+    path = Path(cfg.data.root, LISTS, "train.txt")
+    if not path.is_file():
         raise FileNotFoundError(
-            f"there is no list train in the VOC tree '{cfg.data.root}'; make it as"
-            " datasets/README.md says, or give its place by data.root=PATH."
+            f"there is no {path}; make the VOC tree '{cfg.data.root}' as datasets/README.md says,"
+            " or give its place by data.root=PATH."
         )
 
 

@@ -262,7 +262,7 @@ def test_table_1_counts_slices_and_patients(run, full_tree, tmp_path, capsys):
         (["experiment=figure9"], 2, "experiment is 'figure9', expected one of figure2"),
         (["experiment=figure3", "data=own"], 2, "data.root is not given, expected data.root=VALUE"),
         (["experiment=figure3"], 1, "You must specify 'data'"),
-        (["experiment=figure3", "data=nowhere"], 2, "no list train in the VOC tree 'nowhere'"),
+        (["experiment=figure3", "data=nowhere"], 2, "there is no nowhere/ImageSets/Main/train.txt"),
         (["experiment=table1", "data=nowhere"], 2, "give its place by data.root=PATH"),
         (["experiment=figure3", "data=tree", "jobs=0"], 2, "jobs is 0, expected at least 1"),
         (["experiment=figure3", "data=tree", "++opts.NO.SUCH=1"], 2, "NO.SUCH"),
