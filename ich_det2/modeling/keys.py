@@ -72,37 +72,43 @@ def check_read_keys(flat: Mapping[str, object], defaults: Mapping[str, object]) 
         if flat.get(key):
             raise ValueError(f"{key} is {flat[key]}, but nothing reads it: {why}; set it to False.")
     changed = [key for key, value in flat.items() if key in defaults and value != defaults[key]]
+    unread = [(key, remedy) for key in changed if (remedy := _remedy(key, flat))]
+    if unread:
+        key, (who, remedy) = unread[0]
+        rest = ", ".join(other for other, _ in unread[1:])
+        raise ValueError(
+            f"{key} is {flat[key]}, but {who} does not read it; {remedy}, or leave the key at"
+            f" {defaults[key]}{f' (and so {rest})' if rest else ''}."
+        )
+
+
+def _remedy(key: str, flat: Mapping[str, object]) -> tuple[str, str] | None:
+    """Who does not read a key, and what would; None where it is read."""
     meta = str(flat["MODEL.META_ARCHITECTURE"])
-    for key in changed:
-        for begin, (part, registry, readers) in _READERS.items():
-            if key == begin or begin.endswith(".") and key.startswith(begin):
-                _check_reader(key, flat, defaults[key], part, registry, readers, meta)
-        if key.startswith("MODEL.CLASSIFIER.") and meta in ("GeneralizedRCNN", "RetinaNet"):
-            raise ValueError(
-                f"{key} is {flat[key]}, but MODEL.META_ARCHITECTURE {meta} does not read it;"
-                f" ImageClassifier does: use that, or leave the key at {defaults[key]}."
-            )
-
-
-def _check_reader(key, flat, default, part: str, registry, readers, meta: str) -> None:
-    built = str(flat[part])
-    reads = meta == "GeneralizedRCNN" or "ANCHOR" in part and meta == "RetinaNet"
-    if "BACKBONE" in part:
-        reads = meta != "ImageClassifier"
     stock = meta in ("GeneralizedRCNN", "RetinaNet", "ImageClassifier")
-    if reads and built in registry:
+    if key.startswith("MODEL.CLASSIFIER.") and meta in ("GeneralizedRCNN", "RetinaNet"):
+        return f"MODEL.META_ARCHITECTURE {meta}", "ImageClassifier does: use that"
+    for begin, (part, registry, readers) in _READERS.items():
+        if not (key == begin or begin.endswith(".") and key.startswith(begin)):
+            continue
+        built, names = str(flat[part]), " or ".join(reader.__name__ for reader in readers)
+        of_any_detector = "ANCHOR" in part or "BACKBONE" in part
+        if not (meta == "GeneralizedRCNN" or of_any_detector and meta == "RetinaNet"):
+            if not stock:
+                return None
+            return (
+                f"MODEL.META_ARCHITECTURE {meta}",
+                f"{names} of GeneralizedRCNN does: use that",
+            )
+        if built not in registry:  # an error of its own, when the model is built
+            return None
         found = registry.get(built)
-        own = any(_is(found, reader) for reader in readers)
-        if own or not found.__module__.startswith(("detectron2.", "ich_det2.")):
-            return
-    elif reads or not stock:
-        return
-    names = " or ".join(reader.__name__ for reader in readers)
-    who = f"{part} {built}" if reads else f"MODEL.META_ARCHITECTURE {meta}"
-    raise ValueError(
-        f"{key} is {flat[key]}, but {who} does not read it; {names} does: set {part} to that, or"
-        f" leave the key at {default}."
-    )
+        if any(_is(found, reader) for reader in readers):
+            return None
+        if not found.__module__.startswith(("detectron2.", "ich_det2.")):
+            return None
+        return f"{part} {built}", f"{names} does: set {part} to that"
+    return None
 
 
 def _is(found, reader) -> bool:
