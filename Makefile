@@ -16,7 +16,7 @@ $(STAMP):
 
 demo: setup
 	$(BIN)/python datasets/prepare_phantom.py --output datasets/phantom
-	$(BIN)/python tools/train_net.py --config-file configs/quick/csfrcnn_phantom.yaml \
+	$(BIN)/python tools/train_net.py --resume --config-file configs/quick/csfrcnn_phantom.yaml \
 		OUTPUT_DIR $(DEMO)
 	sed 's|.*|datasets/phantom/DICOM/&.dcm|' datasets/phantom/ImageSets/Main/test.txt \
 		> $(DEMO)/test_files.txt
