@@ -39,11 +39,18 @@ def fill_anchors(cfg: CfgNode) -> None:
     """Clusters the training boxes and writes the anchors into the config, if it has none.
 
     Raises:
-        ValueError: if there is not a single training box, or the anchors cannot be dealt to the
-            levels of the model.
+        ValueError: if half of them are given, there is not a single training box, or the anchors
+            cannot be dealt to the levels of the model.
     """
     if not needs_anchors(cfg):
         return
+    generator = cfg.MODEL.ANCHOR_GENERATOR
+    for given, other in (("SIZES", "ASPECT_RATIOS"), ("ASPECT_RATIOS", "SIZES")):
+        if anchors_given(generator[given]):
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.{given} is {generator[given]}, but {other} is open; give"
+                " both, or leave both open, [[]], to have them clustered."
+            )
     boxes_wh = training_boxes_wh(cfg)
     anchors = clustered_anchors(cfg, boxes_wh)
     settings = anchor_settings(cfg, anchors)
@@ -181,8 +188,10 @@ def take_trained_anchors(cfg: CfgNode, *folders: str | Path) -> None:
     for run in runs:
         trained = run.read_config() if run.config.is_file() else None
         if trained is not None and not needs_anchors(trained):
+            own = cfg.MODEL.ANCHOR_GENERATOR
             for key in ("CLUSTERS", "SIZES", "ASPECT_RATIOS", "PAIRS"):
-                cfg.MODEL.ANCHOR_GENERATOR[key] = trained.MODEL.ANCHOR_GENERATOR[key]
+                if key == "CLUSTERS" or not anchors_given(own[key]):
+                    own[key] = trained.MODEL.ANCHOR_GENERATOR[key]
             logger.info("Anchors taken from %s.", run.config)
             return
     places = " or in ".join(f"'{run.path}'" for run in runs)

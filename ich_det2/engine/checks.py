@@ -104,7 +104,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     _check_data(cfg, eval_only)
     if not eval_only:
         if not continues:
-            check_read_keys(flatten(cfg), flatten(load_config("")))
+            check_read_keys(flatten(cfg), flatten(load_config("", ["MODEL.DEVICE", "cpu"])))
         _check_best_metric(cfg)
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:

@@ -113,6 +113,13 @@ def test_anchors_in_the_config_are_kept(cfg_on):
     assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[12.0, 24.0]]
 
 
+@pytest.mark.parametrize("key", ["SIZES", "ASPECT_RATIOS"])
+def test_half_of_the_anchors_is_refused_and_not_replaced(cfg_on, key):
+    cfg = cfg_on(*OPEN_ANCHORS, f"MODEL.ANCHOR_GENERATOR.{key}", "[[8.0, 16.0]]")
+    with pytest.raises(ValueError, match=rf"{key} is \[\[8.0, 16.0\]\], but \w+ is open"):
+        check(cfg)
+
+
 def test_boxes_are_those_of_the_networks_input(cfg_on):
     cfg = cfg_on("INPUT.MIN_SIZE_TRAIN", "(24,)")
     check(cfg)
