@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -51,9 +50,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "INPUT.MAX_SIZE_TRAIN": (1, _INF),
     "INPUT.MIN_SIZE_TEST": (0, _INF),
     "INPUT.MAX_SIZE_TEST": (1, _INF),
+    "INPUT.AUG.SHIFT": (0, 1),
+    "INPUT.AUG.SCALE": (0, _INF),
+    "INPUT.AUG.ROTATE": (0, 180),
+    "INPUT.AUG.JITTER": (0, 1),
     "INPUT.AUG.EXPAND": (1, _INF),
+    "INPUT.AUG.EXPAND_SHIFT": (0, 1),
+    "INPUT.AUG.EXPAND_SCALE": (0, _INF),
     "MODEL.PIXEL_MEAN": (-_INF, _INF),
-    "MODEL.PIXEL_STD": (-_INF, _INF),
+    "MODEL.PIXEL_STD": (0, _INF),
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, _INF),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, _INF),
     "MODEL.CLASSIFIER.INPUT_SIZE": (1, _INF),
@@ -65,7 +70,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "TEST.DIAGNOSIS.PATIENCE": (0, _INF),
 }
 # Of these, what must be more than its least value.
-_POSITIVE = {"SOLVER.BASE_LR", "TEST.DIAGNOSIS.OPERATING_THRESHOLD"}
+_POSITIVE = {"SOLVER.BASE_LR", "MODEL.PIXEL_STD", "TEST.DIAGNOSIS.OPERATING_THRESHOLD"}
 
 
 def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: int = 1) -> None:
@@ -169,9 +174,12 @@ def check_values(cfg: CfgNode) -> None:
                 f"MODEL.{key} has {len(cfg.MODEL[key])} values {list(cfg.MODEL[key])}, expected"
                 f" {CHANNELS}: images have {CHANNELS} channels, whatever INPUT.WINDOWS is."
             )
-    windows = cfg.INPUT.WINDOWS
-    if not all(_is_number(n) for window in windows for n in np.ravel(window).tolist()):
-        raise ValueError(f"INPUT.WINDOWS is {windows}, expected pairs of numbers [level, width].")
+    for window in cfg.INPUT.WINDOWS:
+        pair = isinstance(window, (list, tuple)) and len(window) == 2
+        if not (pair and all(map(_is_number, window))):
+            raise ValueError(
+                f"INPUT.WINDOWS is {cfg.INPUT.WINDOWS}, expected pairs of numbers [level, width]."
+            )
     names = cfg.DATASETS.ICH_CLASSES
     if (
         not names

@@ -1,6 +1,7 @@
 """From a command line to a config: read, with what follows from it filled in; and two configs
 compared."""
 
+import difflib
 import json
 import logging
 import re
@@ -69,10 +70,7 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
             cfg.merge_from_file(str(config_file), allow_unsafe=False)
         except _NO_CONFIG as error:
             raise ValueError(f"{config_file}: {first_line(error)}.") from error
-    try:
-        cfg.merge_from_list(list(opts))
-    except _NO_CONFIG as error:
-        raise ValueError(f"command line, KEY VALUE pairs: {first_line(error)}.") from error
+    _merge_pairs(cfg, list(opts))
     if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
         logger.warning(
             "MODEL.DEVICE is '%s', but there is no GPU: using the CPU.", cfg.MODEL.DEVICE
@@ -84,6 +82,25 @@ def load_config(config_file: str | Path, opts: Sequence[str] = ()) -> CfgNode:
 
 _NO_CONFIG = (KeyError, AssertionError, ValueError, AttributeError, TypeError, yaml.YAMLError)
 _CLASS_COUNTS = ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+
+
+def _merge_pairs(cfg: CfgNode, opts: Sequence) -> None:
+    where, known = "command line, KEY VALUE pairs:", flatten(cfg)
+    if len(opts) % 2:
+        raise ValueError(f"{where} '{opts[-1]}' has no partner, expected a key and its value.")
+    for key, value in zip(opts[::2], opts[1::2]):
+        if key not in known:
+            like = difflib.get_close_matches(str(key), known, 1)
+            raise ValueError(
+                f"{where} there is no key {key}" + (f"; like it is {like[0]}." if like else ".")
+            )
+        try:
+            cfg.merge_from_list([key, value])
+        except _NO_CONFIG as error:
+            kind = type(known[key]).__name__
+            raise ValueError(
+                f"{where} {key} is {value!r}, expected a {kind} such as {known[key]!r}."
+            ) from error
 
 
 def _count_classes(cfg: CfgNode, given: Sequence[str], stock: Mapping[str, int]) -> None:

@@ -24,7 +24,7 @@ from detectron2.data.common import ToIterableDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .signals import shield_workers
+from .signals import held_back, shield_workers
 
 
 def seed_generators(*key: int | str) -> None:
@@ -64,7 +64,9 @@ class ResumableLoader:
         self._loader, self._seed, self._start_iter = loader, seed, start_iter
 
     def __iter__(self) -> Iterator[list[dict]]:
-        for iteration, batch in enumerate(self._loader, self._start_iter):
+        with held_back():  # until its workers know what to do with signals
+            batches = iter(self._loader)
+        for iteration, batch in enumerate(batches, self._start_iter):
             seed_generators(self._seed, "model", comm.get_rank(), iteration)
             yield batch
 

@@ -107,15 +107,26 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back, in processes that are forked meanwhile too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Lets a loader's workers live on when a signal goes to the whole process group; they end with
-    their process."""
-    loader.worker_init_fn = functools.partial(_ignore_signals, then=loader.worker_init_fn)
+    their process, or by a second SIGTERM."""
+    loader.worker_init_fn = functools.partial(_outlive_signals, then=loader.worker_init_fn)
     return loader
 
 
-def _ignore_signals(worker: int, then: Callable[[int], None] | None) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(worker: int, then: Callable[[int], None] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if then is not None:
         then(worker)

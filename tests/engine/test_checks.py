@@ -5,6 +5,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
+from detectron2.evaluation.testing import flatten_results_dict
 
 from ich_det2 import add_ich_config
 from ich_det2.anchors import AnchorPairs, Anchors
@@ -19,6 +20,7 @@ from ich_det2.engine.anchors import (
 )
 from ich_det2.engine.checks import check_config, check_weights
 from ich_det2.engine.config import load_config
+from ich_det2.evaluation.evaluator import metric_names
 
 EFFNET = "configs/csfrcnn_effnet_lite0.yaml"
 OPEN_ANCHORS = (
@@ -275,3 +277,118 @@ def test_ich_keys_leave_detectron2s_defaults_alone():
                 assert b[key] == value, f"{path}{key}"
 
     walk(stock, ours)
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SOLVER.MAX_ITER", "0"), "SOLVER.MAX_ITER is 0, expected a number of at least 1."),
+        (("SOLVER.IMS_PER_BATCH", "0"), "SOLVER.IMS_PER_BATCH is 0"),
+        (("SOLVER.BASE_LR", "0.0"), "SOLVER.BASE_LR is 0.0, expected a number above 0."),
+        (("SOLVER.BASE_LR", "-0.1"), "SOLVER.BASE_LR is -0.1"),
+        (("SOLVER.BASE_LR", "1e999"), "SOLVER.BASE_LR is inf"),
+        (("SOLVER.CHECKPOINT_PERIOD", "0"), "SOLVER.CHECKPOINT_PERIOD is 0"),
+        (("DATALOADER.NUM_WORKERS", "-1"), "DATALOADER.NUM_WORKERS is -1"),
+        (("TEST.BATCH_SIZE", "0"), "TEST.BATCH_SIZE is 0"),
+        (("TEST.EVAL_PERIOD", "-5"), "TEST.EVAL_PERIOD is -5"),
+        (("TEST.DIAGNOSIS.RESAMPLES", "0"), "TEST.DIAGNOSIS.RESAMPLES is 0"),
+        (("TEST.DIAGNOSIS.THRESHOLDS", "[]"), "THRESHOLDS is [], expected one number or more"),
+        (("TEST.DIAGNOSIS.THRESHOLDS", "[0.5, 1.5]"), "at least 0 and at most 1."),
+        (("TEST.DIAGNOSIS.THRESHOLDS", "['a']"), "THRESHOLDS is ['a']"),
+        (("TEST.DIAGNOSIS.OPERATING_THRESHOLD", "85.0"), "OPERATING_THRESHOLD is 85.0"),
+        (("INPUT.MIN_SIZE_TRAIN", "()"), "INPUT.MIN_SIZE_TRAIN is ()"),
+        (("INPUT.MIN_SIZE_TRAIN", "(64, 'a')"), "INPUT.MIN_SIZE_TRAIN is (64, 'a')"),
+        (("INPUT.MIN_SIZE_TEST", "-64"), "INPUT.MIN_SIZE_TEST is -64"),
+        (("INPUT.AUG.EXPAND", "0"), "INPUT.AUG.EXPAND is 0"),
+        (("INPUT.AUG.SHIFT", "-0.5"), "INPUT.AUG.SHIFT is -0.5"),
+        (("INPUT.WINDOWS", "[['a', 'b']]"), "INPUT.WINDOWS is [['a', 'b']]"),
+        (("INPUT.WINDOWS", "[]"), "INPUT.WINDOWS is []"),
+        (("INPUT.WINDOWS", "[50, 100]"), "INPUT.WINDOWS is [50, 100]"),
+        (("MODEL.PIXEL_MEAN", "[100.0]"), "MODEL.PIXEL_MEAN has 1 values [100.0], expected 3"),
+        (("MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"), "MODEL.PIXEL_STD is [1.0, 0.0, 1.0]"),
+        (("MODEL.PIXEL_STD", "['a', 'b', 'c']"), "MODEL.PIXEL_STD is ['a'"),
+        (("DATASETS.ICH_CLASSES", "[]"), "ICH_CLASSES is [], expected different names"),
+        (("DATASETS.ICH_CLASSES", "['a', 'a']"), "ICH_CLASSES is ['a', 'a']"),
+        (("DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty, expected e.g. ('ich_train',)."),
+        (("DATASETS.VAL", "()"), "DATASETS.VAL is empty"),
+        (("DATASETS.VAL", "(1,)"), "DATASETS.VAL is (1,), expected names"),
+        (("DATASETS.TEST", "('ich_test', 'ich_test')"), "names of data sets, each once"),
+        (("OUTPUT_DIR", ""), "OUTPUT_DIR is empty"),
+        (("SOLVER.AMP.ENABLED", "True"), "which needs a GPU"),
+        (("TEST.DIAGNOSIS.PATIENCE", "2", "TEST.EVAL_PERIOD", "0"), "set a period, or PATIENCE 0"),
+    ],
+)
+def test_values_that_crash_later_or_do_nothing_are_refused_first(cfg_on, tmp_path, opts, message):
+    with pytest.raises(ValueError, match=r"^[^\n]+\.$") as error:
+        check(cfg_on(*opts))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "opts", "message"),
+    [
+        (EFFNET, ("SOLVER.BASE_LR", "abc"), "SOLVER.BASE_LR"),
+        (EFFNET, ("INPUT.WINDOWS", "50"), "INPUT.WINDOWS"),
+        (EFFNET, ("DATASETS.TRAIN", "ich_train"), "DATASETS.TRAIN"),
+        (EFFNET, ("SOLVER.MAX_ITER", "10.5"), "SOLVER.MAX_ITER"),
+        (EFFNET, ("MODEL", "5"), "MODEL"),
+        (EFFNET, ("MODEL.RPN.COST.ALPHA.X", "5"), "MODEL.RPN.COST.ALPHA.X"),
+    ],
+)
+def test_a_wrong_type_is_one_sentence(file, opts, message):
+    with pytest.raises(ValueError, match=r"^command line, KEY VALUE pairs: [^\n]+\.$") as error:
+        load_config(file, opts)
+    assert message in str(error.value)
+
+
+BEST = "TEST.DIAGNOSIS.BEST_METRIC"
+TWO = ("DATASETS.VAL", "('ich_val', 'ich_test')")
+CLASSIFIER = {"config": "classifier_effnet_lite0.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("opts", "config", "likely"),
+    [
+        ((BEST, "diagnosis/imageauc"), {}, "diagnosis/image_auc"),
+        ((BEST, "bbox/AP51"), {}, "bbox/AP"),
+        ((BEST, "image_auc"), {}, "diagnosis/image_auc"),
+        ((BEST, "bbox/AP50"), CLASSIFIER, "diagnosis/"),
+        ((BEST, "diagnosis/lesion_cpm_iou"), CLASSIFIER, "diagnosis/"),
+        ((BEST, "bbox/AP-IPH"), {}, "bbox/AP"),
+        (TWO, {}, "ich_val/diagnosis/image_auc"),
+    ],
+)
+def test_a_best_metric_that_validation_does_not_give_is_refused(
+    tiny_cfg, full_tree, opts, config, likely
+):
+    cfg = tiny_cfg("DATASETS.ICH_ROOT", str(full_tree()), *opts, **config)
+    with pytest.raises(ValueError, match=r"^TEST.DIAGNOSIS.BEST_METRIC is [^\n]+\.$") as error:
+        check(cfg)
+    assert f"such as {likely}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        (BEST, "bbox/APs"),
+        (BEST, "diagnosis/patient_expected_cost"),
+        (BEST, "diagnosis/lesion_voc_ap50"),
+        (BEST, "bbox/AP-IPH", "DATASETS.ICH_CLASSES", "['IPH', 'SDH']"),
+        (*TWO, BEST, "ich_test/bbox/AP50"),
+    ],
+)
+def test_a_best_metric_that_validation_gives_is_taken(cfg_on, opts):
+    cfg = cfg_on(*opts)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(cfg.DATASETS.ICH_CLASSES)
+    check(cfg)
+
+
+def test_the_names_of_metrics_are_those_that_a_validation_stores(cfg_on, tmp_path):
+    from ich_det2.engine import IchTrainer
+
+    cfg = cfg_on("DATASETS.TEST", "('ich_val',)", "DATASETS.ICH_CLASSES", "['IPH', 'SDH']")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
+    check(cfg)
+    results = IchTrainer.test(cfg, IchTrainer.build_model(cfg))
+    assert set(flatten_results_dict(results)) == set(metric_names(["IPH", "SDH"]))

@@ -14,12 +14,14 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import CallbackHook
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from ich_det2.engine import IchCheckpointer, IchTrainer
 from ich_det2.engine.checks import check_config
+from ich_det2.engine.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
 SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
@@ -101,6 +103,88 @@ def test_losses_depend_neither_on_workers_nor_on_validation(cfg, tmp_path):
     cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD = str(tmp_path / "other"), 0
     cfg.DATALOADER.NUM_WORKERS = 1
     assert train(cfg)[0] == values
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [0, 2, 3])
+def test_a_signal_ends_the_iteration_saves_and_goes_on(cfg, number, at):
+    cfg.SOLVER.CHECKPOINT_PERIOD = 3  # iteration 2 is saved anyway
+    whole = train(cfg)
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).with_name("stopped"))
+    before = signal.getsignal(number)
+    seed_all_rng(cfg.SEED)
+    trainer = IchTrainer(cfg)
+    kill = CallbackHook(before_step=lambda t: t.iter == at and os.kill(os.getpid(), number))
+    trainer.register_hooks([kill])
+    trainer.resume_or_load(False)
+    with pytest.raises(Interrupted) as stop:
+        trainer.train()
+    assert stop.value.number == number and isinstance(stop.value, KeyboardInterrupt)
+    assert signal.getsignal(number) == before
+    saved = sorted(path.name for path in Path(cfg.OUTPUT_DIR).glob("model_0*.pth"))
+    assert saved == [f"model_{n:07d}.pth" for n in sorted({at, min(at, 2)})]
+    values, weights = train(cfg, resume=True)
+    assert values == whole[0][at + 1 :]
+    assert [key for key in weights if not torch.equal(weights[key], whole[1][key])] == []
+
+
+def test_a_signal_in_the_last_iteration_lets_the_training_end(cfg):
+    trainer = IchTrainer(cfg)
+    kill = CallbackHook(before_step=lambda t: t.iter == 5 and os.kill(os.getpid(), signal.SIGINT))
+    trainer.register_hooks([kill])
+    trainer.resume_or_load(False)
+    with pytest.raises(Interrupted):
+        trainer.train()
+    out = Path(cfg.OUTPUT_DIR)
+    assert (out / "model_final.pth").is_file() and (out / "model_best.pth").is_file()
+    resumed = IchTrainer(cfg)
+    resumed.resume_or_load(True)
+    assert resumed.train() is None and resumed.start_iter == 6
+
+
+def test_another_batch_goes_on_behind_the_last_image(cfg):
+    images = [name for batch in batches(cfg, 12) for name in batch]
+    trainer = IchTrainer(cfg)
+    trainer.iter = 2
+    trainer.checkpointer.save("model_0000002")
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    trainer = IchTrainer(cfg)
+    trainer.resume_or_load(True)
+    stream = iter(trainer.data_loader)
+    # Three batches of two are done; what follows is of four.
+    names = [Path(d["file_name"]).stem for batch in (next(stream), next(stream)) for d in batch]
+    assert names == [name for name, _ in images[6:14]]
+    trainer.iter = 4
+    assert trainer.state_dict()["images"] == 6 + 2 * 4
+
+
+def test_a_checkpoint_that_counts_no_images_goes_by_the_recorded_batch(resumable, cfg):
+    file = Path(cfg.OUTPUT_DIR) / "model_0000002.pth"
+    older = torch.load(file, weights_only=True)
+    del older["trainer"]["images"]
+    torch.save(older, file)
+    (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
+    expected = batches(cfg, 1, start_iter=3)
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    trainer = IchTrainer(cfg)
+    trainer.resume_or_load(True)
+    ((first,),) = (next(iter(trainer.data_loader)),)
+    assert Path(first["file_name"]).stem == expected[0][0][0]
+
+
+def test_another_number_of_ranks_goes_on_behind_the_last_image(cfg, monkeypatch):
+    stream = [name for batch in batches(cfg, 6) for name in batch]
+    cfg.SOLVER.IMS_PER_BATCH = 3
+    monkeypatch.setattr(comm, "get_world_size", lambda: 3)
+    monkeypatch.setattr("detectron2.data.build.get_world_size", lambda: 3)
+    monkeypatch.setattr(comm, "all_gather", lambda data: [data])
+    ranks = []
+    for rank in range(3):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        loader = IchTrainer.build_train_loader(cfg, 2, 4)
+        ranks.append([Path(batch[0]["file_name"]).stem for batch in itertools.islice(loader, 2)])
+    together = sorted(name for names in ranks for name in names)
+    assert together == sorted(name for name, _ in stream[4:10])
 
 
 def batches(cfg, number, start_iter=0):
@@ -222,29 +306,83 @@ def test_a_kill_while_the_last_checkpoint_is_noted_leaves_the_one_before(tmp_pat
 
 
 def start(cfg, out, *argv):
-    """Starts tools/train_net.py with the config written to a file."""
+    """Starts tools/train_net.py, in a process group of its own, with the config from a file."""
     file = Path(cfg.OUTPUT_DIR).with_name("config.yaml")
     file.write_text(cfg.dump())
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py")]
+    command = [sys.executable, str(ROOT / "tools/train_net.py")]
     command += ["--config-file", str(file), *argv, "OUTPUT_DIR", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, env=env)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def start_until(cfg, out, condition, *argv):
+    process = start(cfg, out, *argv)
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    return process
 
 
 def test_the_command_line_survives_kill_9(cfg, tmp_path):
     cfg.DATALOADER.NUM_WORKERS, cfg.TEST.EVAL_PERIOD = 1, 4
     out = tmp_path / "killed"
-    process = start(cfg, out)
-    while not (out / "last_checkpoint").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    process = start_until(cfg, out, (out / "last_checkpoint").exists)
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
     assert not (out / "model_final.pth").exists()
-    assert start(cfg, out, "--resume").wait(timeout=300) == 0
-    assert "Starting training from iteration 3" in (out / "log.txt").read_text()
+    finish_and_compare(cfg, out)
 
+
+def finish_and_compare(cfg, out):
+    process = start(cfg, out, "--resume")
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert "Starting training from iteration" in (out / "log.txt").read_text()
     _, weights = train(cfg)
     resumed = torch.load(out / "model_final.pth", weights_only=True)["model"]
     assert resumed["proposal_generator.anchor_sampler._ratio"] > 1
     assert [key for key in weights if not torch.equal(weights[key], resumed[key])] == []
+
+
+def test_ctrl_c_at_the_command_line_saves_and_says_how_to_go_on(cfg, tmp_path):
+    """To the whole process group, workers of the loader among it, as a terminal sends it."""
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD = 1, 20, 100
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1000
+    out = tmp_path / "stopped"
+
+    def trains():
+        return (out / "log.txt").is_file() and "Starting train" in (out / "log.txt").read_text()
+
+    process = start_until(cfg, out, trains)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    last = error.strip().splitlines()[-1]
+    assert last == (
+        f"train_net.py: stopped by SIGINT; {out} holds a checkpoint, and the same command with"
+        " --resume goes on from it."
+    )
+    assert "Traceback" not in error
+    finish_and_compare(cfg, out)
+
+
+def test_sigterm_to_their_parent_stops_two_processes_behind_the_same_iteration(cfg, tmp_path):
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD = 300, 1000, 1000
+    out = tmp_path / "stopped"
+
+    def trains():
+        return (out / "log.txt").is_file() and "Starting train" in (out / "log.txt").read_text()
+
+    argv = ("--num-gpus", "2", "--dist-url", "auto")
+    process = start_until(cfg, out, trains, *argv)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert "stopped by SIGTERM" in error.strip().splitlines()[-1] and "Traceback" not in error
+    saved = torch.load(out / (out / "last_checkpoint").read_text(), weights_only=True)
+    assert saved["iteration"] < 299 and saved["trainer"]["images"] == 2 * (saved["iteration"] + 1)
