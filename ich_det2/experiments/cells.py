@@ -25,7 +25,7 @@ from ..engine.config import differences, load_config, plain_settings
 from ..engine.run_folder import RunFolder
 from ..files import write_json
 
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

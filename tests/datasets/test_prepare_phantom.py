@@ -182,7 +182,7 @@ def test_bad_numbers(tmp_path, capsys, option, value):
 
 def test_an_interrupted_run_is_one_sentence_and_no_debris(tmp_path):
     """Ctrl-C reaches the workers too."""
-    process = start(tmp_path / "phantom", "60")
+    process = start(tmp_path / "phantom", "600")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".phantom-*/new/Annotations/*.xml")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -134,7 +134,7 @@ def test_an_experiment_fails_is_killed_is_finished(run, full_tree, tmp_path, cap
     monkeypatch.setattr(cells_module.subprocess, "Popen", start)
     kill_when((five / "last_checkpoint").is_file, os.getpid())
     assert run(*argv) == 128 + signal.SIGTERM
-    assert len(started) == 1 and started[0].wait(10) == 128 + signal.SIGTERM
+    assert len(started) == 1 and started[0].wait(70) == 128 + signal.SIGTERM
     assert not (five / "done").exists()
 
     # Again: the first goes on from the checkpoint, nothing else is started.
