@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_backbone, build_roi_heads
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ich_det2.engine import IchTrainer
@@ -52,7 +55,8 @@ def test_the_plain_twin_differs_by_cost_sensitivity_alone(network):
     assert plain.MODEL.PROPOSAL_GENERATOR.NAME == "RPN"
     ours.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
     ours.MODEL.RPN.HEAD_NAME = "StandardRPNHead"
-    ours.MODEL.ROI_HEADS.NAME = ours.MODEL.ROI_HEADS.NAME.replace("CostSensitive", "Standard")
+    heads = ours.MODEL.ROI_HEADS.NAME.replace("CostSensitiveROI", "StandardROI")
+    ours.MODEL.ROI_HEADS.NAME = heads.removeprefix("CostSensitive")
     for cfg in (ours, plain):  # which the plain parts do not read
         cfg.MODEL.RPN.COST = cfg.MODEL.RPN.SAMPLER = cfg.MODEL.ROI_HEADS.COST = None
         cfg.OUTPUT_DIR = ""
@@ -66,6 +70,51 @@ def test_the_papers_settings_are_shared(network):
     assert ours.MODEL.RPN.COST == papers.MODEL.RPN.COST
     assert ours.MODEL.RPN.SAMPLER == papers.MODEL.RPN.SAMPLER
     assert ours.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == 128
+
+
+def second_stage_losses(config, *opts):
+    """Losses and gradients of a config's ROI heads on an image with a lesion and one without."""
+    cfg = load_config(ROOT / "configs" / config, [*SMALL, *map(str, opts)])
+    with torch.device("meta"):
+        shapes = build_backbone(cfg).output_shape()
+    torch.manual_seed(0)
+    heads = build_roi_heads(cfg, shapes).train()
+    features = {}
+    for name in cfg.MODEL.ROI_HEADS.IN_FEATURES:
+        side = 64 // shapes[name].stride
+        features[name] = torch.rand(2, shapes[name].channels, side, side)
+    proposals, targets = [], []
+    for boxes in ([[8.0, 8.0, 40.0, 40.0]], torch.zeros(0, 4)):
+        corners = 30 * torch.rand(6, 2)
+        found = Boxes(torch.cat([corners, corners + 10 + 20 * torch.rand(6, 2)], dim=1))
+        logits = torch.rand(6)
+        proposals.append(Instances((64, 64), proposal_boxes=found, objectness_logits=logits))
+        targets.append(Instances((64, 64), gt_boxes=Boxes(torch.as_tensor(boxes))))
+        targets[-1].gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+    with EventStorage():
+        losses = heads(None, features, proposals, targets)[1]
+    sum(losses.values()).backward()
+    return losses, {name: p.grad for name, p in heads.named_parameters() if p.requires_grad}
+
+
+CASCADE = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "MODEL.ROI_HEADS.NAME")
+
+
+@pytest.mark.parametrize("network", [*NETWORKS, "cascade"])
+def test_the_second_stages_weight_counts_in_each_config(network):
+    more, plain = (), ()
+    if network == "cascade":
+        network = "r50_fpn"
+        more, plain = (*CASCADE, "CostSensitiveCascadeROIHeads"), (*CASCADE, "CascadeROIHeads")
+    ours, alpha = f"csfrcnn_{network}.yaml", "MODEL.ROI_HEADS.COST.ALPHA"
+    stock, stock_grads = second_stage_losses(f"frcnn_{network}.yaml", *plain)
+    one, one_grads = second_stage_losses(ours, *more, alpha, 1.0)
+    assert one.keys() == stock.keys() and one_grads.keys() == stock_grads.keys()
+    assert all(torch.equal(one[key], stock[key]) for key in stock)
+    assert all(torch.equal(one_grads[key], stock_grads[key]) for key in stock_grads)
+    weighed, _ = second_stage_losses(ours, *more, alpha, 3.0)
+    for key, loss in weighed.items():
+        assert (loss != stock[key]) == key.startswith("loss_cls"), key
 
 
 class Trainer(IchTrainer):

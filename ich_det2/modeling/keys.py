@@ -1,116 +1,254 @@
-"""Which part of a model reads a key of the config: a key that none reads has no effect.
+"""Which part of a model or training reads a key of the config: what none reads is refused.
 
-A part that a user has registered under a name of his own is given the benefit of the doubt, and
-one that derives from a part here reads what that reads.
+A part that derives from one here reads what that reads. A part of a user's own, registered from
+neither Detectron2 nor this package, may read anything.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from detectron2.modeling import (
     ANCHOR_GENERATOR_REGISTRY,
     BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_HEADS_REGISTRY,
+    GeneralizedRCNN,
+    RetinaNet,
+    build_resnet_backbone,
 )
-from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
+from detectron2.modeling.backbone.fpn import (
+    build_resnet_fpn_backbone,
+    build_retinanet_resnet_fpn_backbone,
+)
+from detectron2.modeling.proposal_generator.rpn import RPN, RPN_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from fvcore.common.registry import Registry
 
 from .anchor_generator import ClusteredAnchorGenerator
-from .backbone.timm_backbone import build_timm_backbone
-from .roi_heads import (
-    CostSensitiveCascadeROIHeads,
-    CostSensitiveRes5ROIHeads,
-    CostSensitiveROIHeads,
-)
+from .backbone import build_inception_v3_backbone, build_timm_backbone
+from .classifier import ImageClassifier
+from .classifier_networks import CLASSIFIER_REGISTRY
+from .inception_roi_heads import InceptionV3ROIHeads
+from .roi_heads import CostSensitiveMixin
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
+from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
 
-_COST_HEADS = (CostSensitiveROIHeads, CostSensitiveRes5ROIHeads, CostSensitiveCascadeROIHeads)
-# Key or begin of keys: the key that names the part, its registry, and the parts that read it.
-_READERS = {
-    "MODEL.RPN.COST.": (
-        "MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY, (CostSensitiveRPN,)
-    ),
-    "MODEL.RPN.SAMPLER.": (
-        "MODEL.PROPOSAL_GENERATOR.NAME", PROPOSAL_GENERATOR_REGISTRY, (CostSensitiveRPN,)
-    ),
-    "MODEL.RPN.PRIOR_PROB": (
-        "MODEL.RPN.HEAD_NAME", RPN_HEAD_REGISTRY, (CostSensitiveRPNHead,)
-    ),
-    "MODEL.ROI_HEADS.COST.": ("MODEL.ROI_HEADS.NAME", ROI_HEADS_REGISTRY, _COST_HEADS),
-    "MODEL.ANCHOR_GENERATOR.PAIRS": (
-        "MODEL.ANCHOR_GENERATOR.NAME", ANCHOR_GENERATOR_REGISTRY, (ClusteredAnchorGenerator,)
-    ),
-    "MODEL.ANCHOR_GENERATOR.CLUSTERS.": (
-        "MODEL.ANCHOR_GENERATOR.NAME", ANCHOR_GENERATOR_REGISTRY, (ClusteredAnchorGenerator,)
-    ),
-    "MODEL.TIMM.NAME": ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, (build_timm_backbone,)),
-    "MODEL.TIMM.OUT_STRIDES": ("MODEL.BACKBONE.NAME", BACKBONE_REGISTRY, (build_timm_backbone,)),
-}  # fmt: skip
+Config = Mapping[str, object]
+"""Values by whole key, as in ``{"MODEL.RPN.COST.ALPHA": 1.0}``."""
 
-_UNREAD = {
-    "INPUT.CROP.ENABLED": "IchDatasetMapper does not crop; use INPUT.AUG.SHIFT and SCALE",
-    "TEST.AUG.ENABLED": "IchTrainer tests each image once, without augmentation",
-    "MODEL.MASK_ON": "IchDatasetMapper gives boxes and no masks",
-    "MODEL.KEYPOINT_ON": "IchDatasetMapper gives boxes and no keypoints",
-    "MODEL.LOAD_PROPOSALS": "IchDatasetMapper loads no proposals",
+_META = "MODEL.META_ARCHITECTURE"
+_BACKBONE = "MODEL.BACKBONE.NAME"
+_ANCHORS = "MODEL.ANCHOR_GENERATOR.NAME"
+_RPN = "MODEL.PROPOSAL_GENERATOR.NAME"
+_RPN_HEAD = "MODEL.RPN.HEAD_NAME"
+_SAMPLER = "MODEL.RPN.SAMPLER.NAME"
+_ROI_HEADS = "MODEL.ROI_HEADS.NAME"
+_CLASSIFIER = "MODEL.CLASSIFIER.NAME"
+
+# Key that names a part: its registry, and the architectures that build it.
+_PARTS: dict[str, tuple[Registry, tuple[type, ...]]] = {
+    _META: (META_ARCH_REGISTRY, (object,)),
+    _BACKBONE: (BACKBONE_REGISTRY, (GeneralizedRCNN, RetinaNet)),
+    _ANCHORS: (ANCHOR_GENERATOR_REGISTRY, (GeneralizedRCNN, RetinaNet)),
+    _RPN: (PROPOSAL_GENERATOR_REGISTRY, (GeneralizedRCNN,)),
+    _RPN_HEAD: (RPN_HEAD_REGISTRY, (GeneralizedRCNN,)),
+    _SAMPLER: (ANCHOR_SAMPLER_REGISTRY, (GeneralizedRCNN,)),
+    _ROI_HEADS: (ROI_HEADS_REGISTRY, (GeneralizedRCNN,)),
+    _CLASSIFIER: (CLASSIFIER_REGISTRY, (ImageClassifier,)),
 }
-"""Detectron2's switches that no part of this package reads, and why."""
 
 
-def check_read_keys(flat: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Refuses a key that differs from its default and that no built part reads.
+def _of(*parts, but=()) -> Callable[[object], bool]:
+    """Whether a registered part is one of these, or derives from one of them."""
+    classes = tuple(part for part in parts if isinstance(part, type))
+
+    def reads(part) -> bool:
+        derived = isinstance(part, type) and issubclass(part, classes)
+        return part in parts or derived and not issubclass(part, but)
+
+    return reads
+
+
+_RESNETS = (build_resnet_backbone, build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone)
+# Key, or begin of keys, that says what a part does: the parts of which one has to be there. Where
+# several fit, all count.
+_READERS: dict[str, dict[str, Callable[[object], bool]]] = {
+    "MODEL.RPN.COST.": {_RPN: _of(CostSensitiveRPN)},
+    "MODEL.RPN.SAMPLER.": {_RPN: _of(CostSensitiveRPN)},
+    "MODEL.RPN.SAMPLER.MAX_RATIO": {_SAMPLER: _of(AdaptiveRatioSampler)},
+    "MODEL.RPN.POSITIVE_FRACTION": {
+        _SAMPLER: _of(FixedRatioSampler),
+        _RPN: _of(RPN, but=CostSensitiveRPN),
+    },
+    "MODEL.RPN.PRIOR_PROB": {_RPN_HEAD: _of(CostSensitiveRPNHead)},
+    "MODEL.ROI_HEADS.COST.": {_ROI_HEADS: _of(CostSensitiveMixin)},
+    "MODEL.ROI_BOX_CASCADE_HEAD.": {_ROI_HEADS: _of(CascadeROIHeads)},
+    "MODEL.ANCHOR_GENERATOR.CLUSTERS.": {_ANCHORS: _of(ClusteredAnchorGenerator)},
+    "MODEL.ANCHOR_GENERATOR.PAIRS": {_ANCHORS: _of(ClusteredAnchorGenerator)},
+    "MODEL.TIMM.": {_BACKBONE: _of(build_timm_backbone)},
+    "MODEL.TORCHVISION.": {
+        _BACKBONE: _of(build_inception_v3_backbone),
+        _ROI_HEADS: _of(InceptionV3ROIHeads),
+    },
+    "MODEL.RESNETS.": {
+        _BACKBONE: _of(*_RESNETS),
+        _ROI_HEADS: _of(Res5ROIHeads, but=InceptionV3ROIHeads),
+    },
+    "MODEL.FPN.": {_BACKBONE: _of(*_RESNETS[1:])},
+    "MODEL.BACKBONE.": {_META: _of(GeneralizedRCNN, RetinaNet)},
+    "MODEL.RETINANET.": {_META: _of(RetinaNet)},
+    "MODEL.CLASSIFIER.": {_META: _of(ImageClassifier)},
+    "INPUT.SEQUENCE_SLICES": {_CLASSIFIER: lambda part: getattr(part, "takes_sequence", False)},
+}
+
+_BOXES_ALONE = "the data have boxes alone"
+# Keys, or begins of keys, that nothing reads when a model is trained, and why.
+_NOT_READ = {
+    "INPUT.CROP.": "IchDatasetMapper does not crop; use INPUT.AUG.SHIFT and INPUT.AUG.SCALE",
+    "INPUT.FORMAT": "the channels are those of INPUT.WINDOWS, in their order",
+    "INPUT.MASK_FORMAT": _BOXES_ALONE,
+    "TEST.AUG.": "each image is tested once, as it is",
+    "TEST.KEYPOINT_OKS_SIGMAS": _BOXES_ALONE,
+    "TEST.EXPECTED_RESULTS": "it is compared by --eval-only alone",
+    "MODEL.LOAD_PROPOSALS": "proposals are the RPN's",
+    "DATASETS.PROPOSAL_FILES_": "proposals are the RPN's",
+    "DATASETS.PRECOMPUTED_PROPOSAL_": "proposals are the RPN's",
+    "MODEL.SEM_SEG_HEAD.": _BOXES_ALONE,
+    "MODEL.PANOPTIC_FPN.": _BOXES_ALONE,
+}
+# Switches of heads that only a data set of a user's own can train.
+_OWN_DATA = ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON")
+
+# Detectron2's parts that the data here cannot train.
+_NO_PARTS = {
+    _META: ("PanopticFPN", "ProposalNetwork", "SemanticSegmentor"),
+    _RPN: ("PrecomputedProposals", "RRPN"),
+    _ROI_HEADS: ("RROIHeads",),
+    _ANCHORS: ("RotatedAnchorGenerator",),
+}
+_BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
+# Keys whose values are names, of which Detectron2 refuses others not before it needs them.
+_NAMES = {
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    ),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": _BOX_LOSSES,
+}
+
+THAWED = {
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.TIMM.FREEZE_BN": False,
+    "MODEL.TORCHVISION.FREEZE_BN": False,
+}
+"""What a training from random weights sets, whatever the backbone."""
+
+
+def check_read_keys(config: Config, defaults: Config) -> None:
+    """Refuses a key of a training that differs from its default and that nothing would read.
 
     Args:
-        flat: the config's values by whole key ("MODEL.RPN.COST.ALPHA").
-        defaults: those of a config without any setting.
+        config: of the training.
+        defaults: of a config without any setting. Keys that only one of both has are left out.
 
     Raises:
-        ValueError: naming the key, the part that the config has, and those that would read it.
+        ValueError: naming the key, and the parts that would read it or why there are none.
     """
-    for key, why in _UNREAD.items():
-        if flat.get(key):
-            raise ValueError(f"{key} is {flat[key]}, but nothing reads it: {why}; set it to False.")
-    changed = [key for key, value in flat.items() if key in defaults and value != defaults[key]]
-    unread = [(key, remedy) for key in changed if (remedy := _remedy(key, flat))]
-    if unread:
-        key, (who, remedy) = unread[0]
-        rest = ", ".join(other for other, _ in unread[1:])
+    for key, names in _NAMES.items():
+        if config[key] not in names:
+            raise ValueError(f"{key} is {config[key]!r}, expected {' or '.join(names)}.")
+    for key, names in _NO_PARTS.items():
+        if config[key] in names:
+            raise ValueError(f"{key} is {config[key]!r}, which images and boxes cannot train.")
+    sizes = config["INPUT.MIN_SIZE_TRAIN"]
+    if config["INPUT.MIN_SIZE_TRAIN_SAMPLING"] == "range" and len(sizes) != 2:
         raise ValueError(
-            f"{key} is {flat[key]}, but {who} does not read it; {remedy}, or leave the key at"
-            f" {defaults[key]}{f' (and so {rest})' if rest else ''}."
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}, expected the two ends of the range that"
+            " INPUT.MIN_SIZE_TRAIN_SAMPLING asks for."
+        )
+    unread = []
+    for key, value in config.items():
+        given = key in defaults and _as_lists(value) != _as_lists(defaults[key])
+        if not given or _is_thawed(config, key):
+            continue
+        if key.startswith("MODEL.") and _is_foreign(_found(config, _META)):
+            continue
+        for why in _fitting(_NOT_READ, key):
+            raise ValueError(
+                f"{key} is {value!r}, but nothing reads it: {why}; leave it at {defaults[key]!r}."
+            )
+        ours = [name for name in config["DATASETS.TRAIN"] if str(name).startswith("ich_")]
+        if key in _OWN_DATA and ours:
+            raise ValueError(f"{key} is True, but '{ours[0]}' has boxes alone; set it to False.")
+        for readers in _fitting(_READERS, key):
+            if not any(_may_read(config, part, reads) for part, reads in readers.items()):
+                unread.append((key, readers))
+    if unread:
+        (key, readers), *more = unread
+        rest = ", ".join(dict.fromkeys(other for other, _ in more if other != key))
+        raise ValueError(
+            f"{_unread(config, key, readers)}, or leave {key} at {defaults[key]!r}"
+            f"{f' (and so {rest})' if rest else ''}."
         )
 
 
-def _remedy(key: str, flat: Mapping[str, object]) -> tuple[str, str] | None:
-    """Who does not read a key, and what would; None where it is read."""
-    meta = str(flat["MODEL.META_ARCHITECTURE"])
-    stock = meta in ("GeneralizedRCNN", "RetinaNet", "ImageClassifier")
-    if key.startswith("MODEL.CLASSIFIER.") and meta in ("GeneralizedRCNN", "RetinaNet"):
-        return f"MODEL.META_ARCHITECTURE {meta}", "ImageClassifier does: use that"
-    for begin, (part, registry, readers) in _READERS.items():
-        if not (key == begin or begin.endswith(".") and key.startswith(begin)):
-            continue
-        built, names = str(flat[part]), " or ".join(reader.__name__ for reader in readers)
-        of_any_detector = "ANCHOR" in part or "BACKBONE" in part
-        if not (meta == "GeneralizedRCNN" or of_any_detector and meta == "RetinaNet"):
-            if not stock:
-                return None
-            return (
-                f"MODEL.META_ARCHITECTURE {meta}",
-                f"{names} of GeneralizedRCNN does: use that",
-            )
-        if built not in registry:  # an error of its own, when the model is built
-            return None
-        found = registry.get(built)
-        if any(_is(found, reader) for reader in readers):
-            return None
-        if not found.__module__.startswith(("detectron2.", "ich_det2.")):
-            return None
-        return f"{part} {built}", f"{names} does: set {part} to that"
-    return None
+def _as_lists(value):
+    """As YAML gives it, which has no tuples."""
+    return [*map(_as_lists, value)] if isinstance(value, (list, tuple)) else value
 
 
-def _is(found, reader) -> bool:
-    classes = isinstance(found, type) and isinstance(reader, type)
-    return found is reader or classes and issubclass(found, reader)
+def _fitting(table: Mapping, key: str) -> Iterator:
+    """The values of a table of keys and of their begins, which end with "." or "_"."""
+    for begin, value in table.items():
+        if key == begin or begin.endswith((".", "_")) and key.startswith(begin):
+            yield value
+
+
+def _is_thawed(config: Config, key: str) -> bool:
+    random = not config["MODEL.WEIGHTS"] and _is_built(config, _BACKBONE)
+    return random and key in THAWED and config[key] == THAWED[key]
+
+
+def _found(config: Config, part: str):
+    """What is registered for a part; None where nothing is."""
+    registry, name = _PARTS[part][0], config[part]
+    return registry.get(name) if name in registry else None
+
+
+def _is_foreign(found) -> bool:
+    home = getattr(found, "__module__", "").partition(".")[0]
+    return found is not None and home not in ("detectron2", "ich_det2")
+
+
+def _is_built(config: Config, part: str) -> bool:
+    built = _of(*_PARTS[part][1])(_found(config, _META))
+    if part == _SAMPLER:
+        return built and _may_read(config, _RPN, _of(CostSensitiveRPN))
+    return built
+
+
+def _may_read(config: Config, part: str, reads: Callable[[object], bool]) -> bool:
+    found = _found(config, part)
+    # A name that is not registered is refused where the part is built.
+    known = found is not None and not _is_foreign(found)
+    return _is_built(config, part) and (not known or reads(found))
+
+
+def _unread(config: Config, key: str, readers: Mapping) -> str:
+    has, wanted = {}, []
+    for part, reads in readers.items():
+        name = part if _is_built(config, part) else _META
+        has[f"{name} {config[name]}"] = None
+        names = sorted(name for name, found in _PARTS[part][0] if reads(found))
+        wanted.append(f"{' or '.join(names)} does ({part})")
+    return (
+        f"{key} is {config[key]!r}, but {' and '.join(has)} does not read it; {', '.join(wanted)}:"
+        " set that"
+    )

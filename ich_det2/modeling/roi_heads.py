@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec, cat
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
@@ -64,43 +63,52 @@ class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
         return losses
 
 
-@ROI_HEADS_REGISTRY.register()
-class CostSensitiveROIHeads(StandardROIHeads):
-    """:class:`StandardROIHeads` with ``MODEL.ROI_HEADS.COST.ALPHA``."""
+def build_cost_sensitive_predictor(cfg, stock: FastRCNNOutputLayers):
+    """A stock predictor with the weights it starts from, its class loss weighed by alpha.
 
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(cfg, input_shape)
-        ret["box_predictor"] = CostSensitiveFastRCNNOutputLayers(cfg, ret["box_head"].output_shape)
-        return ret
+    Args:
+        cfg: reads ``MODEL.ROI_HEADS.COST.ALPHA`` and what the stock predictor reads.
+        stock: of any other class it is given back as it is.
+    """
+    if type(stock) is not FastRCNNOutputLayers:
+        return stock
+    with torch.random.fork_rng(devices=[]):  # what is drawn after it stays as with stock heads
+        predictor = CostSensitiveFastRCNNOutputLayers(
+            cfg,
+            ShapeSpec(channels=stock.cls_score.in_features),
+            box2box_transform=stock.box2box_transform,
+        )
+    predictor.load_state_dict(stock.state_dict())
+    return predictor
 
 
-@ROI_HEADS_REGISTRY.register()
-class CostSensitiveRes5ROIHeads(Res5ROIHeads):
-    """:class:`Res5ROIHeads` with ``MODEL.ROI_HEADS.COST.ALPHA``."""
+class CostSensitiveMixin:
+    """Lets ROI heads of Detectron2 weigh their class loss by ``MODEL.ROI_HEADS.COST.ALPHA``.
+
+    It stands before the heads' class, as in ``class Mine(CostSensitiveMixin, StandardROIHeads)``.
+    """
 
     @classmethod
     def from_config(cls, cfg, input_shape):
         ret = super().from_config(cfg, input_shape)
-        channels = ret["box_predictor"].cls_score.in_features
-        ret["box_predictor"] = CostSensitiveFastRCNNOutputLayers(
-            cfg, ShapeSpec(channels=channels, height=1, width=1)
-        )
+        if "box_predictors" in ret:  # of the stages of a cascade
+            predictors = ret["box_predictors"]
+            ret["box_predictors"] = [build_cost_sensitive_predictor(cfg, p) for p in predictors]
+        else:
+            ret["box_predictor"] = build_cost_sensitive_predictor(cfg, ret["box_predictor"])
         return ret
 
 
 @ROI_HEADS_REGISTRY.register()
-class CostSensitiveCascadeROIHeads(CascadeROIHeads):
-    """:class:`CascadeROIHeads` with ``MODEL.ROI_HEADS.COST.ALPHA`` in each of its stages."""
+class CostSensitiveROIHeads(CostSensitiveMixin, StandardROIHeads):
+    """:class:`StandardROIHeads`, also on an FPN, with ``MODEL.ROI_HEADS.COST.ALPHA``."""
 
-    @classmethod
-    def _init_box_head(cls, cfg, input_shape):
-        ret = super()._init_box_head(cfg, input_shape)
-        weights = cfg.MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS
-        ret["box_predictors"] = [
-            CostSensitiveFastRCNNOutputLayers(
-                cfg, head.output_shape, box2box_transform=Box2BoxTransform(weights=stage)
-            )
-            for head, stage in zip(ret["box_heads"], weights)
-        ]
-        return ret
+
+@ROI_HEADS_REGISTRY.register()
+class CostSensitiveRes5ROIHeads(CostSensitiveMixin, Res5ROIHeads):
+    """:class:`Res5ROIHeads` with ``MODEL.ROI_HEADS.COST.ALPHA``."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class CostSensitiveCascadeROIHeads(CostSensitiveMixin, CascadeROIHeads):
+    """:class:`CascadeROIHeads` with ``MODEL.ROI_HEADS.COST.ALPHA`` in each of its stages."""

@@ -7,6 +7,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_roi_heads
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
@@ -15,6 +16,7 @@ from ich_det2.modeling.roi_heads import (
     CostSensitiveFastRCNNOutputLayers,
     CostSensitiveRes5ROIHeads,
     CostSensitiveROIHeads,
+    build_cost_sensitive_predictor,
 )
 
 LN2 = math.log(2)
@@ -67,9 +69,13 @@ def run(heads, feature):
 @pytest.mark.parametrize(("stock", "ours", "feature"), HEADS, ids=HEAD_IDS)
 def test_alpha_one_equals_stock_bit_for_bit(tiny_cfg, stock, ours, feature):
     opts = ("MODEL.ROI_HEADS.COST.ALPHA", 1.0)
-    heads = [build(tiny_cfg, name, feature, *opts) for name in (stock, ours.__name__)]
-    # Res5ROIHeads builds its predictor twice here, so that initial weights are drawn otherwise.
-    heads[1].load_state_dict(heads[0].state_dict())
+    heads, draws = [], []
+    for name in (stock, ours.__name__):
+        heads.append(build(tiny_cfg, name, feature, *opts))
+        draws.append(torch.rand(1))  # what is built next starts from the same weights too
+    initial = [h.state_dict() for h in heads]
+    assert initial[0].keys() == initial[1].keys() and draws[0] == draws[1]
+    assert all(torch.equal(initial[1][k], initial[0][k]) for k in initial[0])
     (stock_losses, stock_grads), (our_losses, our_grads) = (run(h, feature) for h in heads)
     assert our_losses.keys() == stock_losses.keys() and our_grads.keys() == stock_grads.keys()
     assert all(torch.equal(our_losses[k], stock_losses[k]) for k in stock_losses)
@@ -88,11 +94,19 @@ def test_all_heads_build_from_the_config(tiny_cfg, stock, ours, feature):
     losses, _ = run(heads, feature)
     unweighed, _ = run(build(tiny_cfg, ours.__name__, feature), feature)
     assert len(losses) == 2 * stages
-    assert all(
-        (losses[k] != unweighed[k]) == k.startswith("loss_cls") for k in losses if stages == 1
-    )
-    assert all(losses[k] != unweighed[k] for k in losses if "loss_cls" in k)
-    assert all(math.isfinite(x.item()) for x in losses.values())
+    for key, loss in losses.items():
+        assert math.isfinite(loss.item())
+        assert (loss != unweighed[key]) == key.startswith("loss_cls"), key
+
+
+def test_a_predictor_of_a_users_own_stays(tiny_cfg):
+    class Own(FastRCNNOutputLayers):
+        pass
+
+    stock = build(tiny_cfg, "StandardROIHeads", "stride16").box_predictor
+    assert type(stock) is FastRCNNOutputLayers
+    stock.__class__ = Own
+    assert build_cost_sensitive_predictor(tiny_cfg(), stock) is stock
 
 
 def layers(alpha, num_classes=1, **kwargs):
