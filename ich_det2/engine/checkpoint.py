@@ -1,6 +1,7 @@
 """Checkpoints that cannot run code when loaded, and are written whole or not at all."""
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -10,12 +11,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..files import write_atomically
-from ..modeling.backbone.timm_backbone import CLASSIFIER_HEAD, STATE_PREFIXES, pretrained_state_dict
-from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
+from ..modeling.channels import RGB, adapt_input_weights
+from ..modeling.weights import LIBRARY_PREFIXES
 
-TIMM_PREFIX = "timm://"
-TORCHVISION_PREFIX = "torchvision://"
-LIBRARY_PREFIXES = (TIMM_PREFIX, TORCHVISION_PREFIX)
+# What a detector's backbone has beyond a network for ImageNet: an FPN, deformable convolutions.
+_ADDED = re.compile(r"backbone\.(fpn_|top_block\.)|.*\.conv2_offset\.")
 
 LAST_CHECKPOINT = "last_checkpoint"
 """The file of OUTPUT_DIR in which fvcore's Checkpointer notes what --resume goes on from."""
@@ -55,12 +55,14 @@ def load_tensors(path: str | Path) -> dict:
 
 
 class IchCheckpointer(DetectionCheckpointer):
-    """:class:`DetectionCheckpointer` that loads only tensors, and takes libraries' weights.
+    """:class:`DetectionCheckpointer` that loads only tensors, and knows another network's weights.
 
-    ``timm://NAME`` are the ImageNet weights of a timm network, for :class:`TimmBackbone` and for
-    :class:`ImageClassifier`, ``torchvision://NAME`` those of VGG16, Inception V3 and ResNet50 for
-    backbone and head.
+    Of ``timm://NAME`` and ``torchvision://NAME`` (:mod:`ich_det2.modeling.weights`) the whole
+    backbone or classifier has to come. Where images have other than three channels, the first
+    convolution of ImageNet weights is adapted as timm does.
     """
+
+    _path = ""
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """As :meth:`DetectionCheckpointer.load`.
@@ -69,50 +71,8 @@ class IchCheckpointer(DetectionCheckpointer):
             ValueError: if the file holds anything but tensors, arrays and plain values, or a
                 library's weights cannot be had or are another network's.
         """
-        if not path.startswith(LIBRARY_PREFIXES):
-            return super().load(path, *args, **kwargs)
-        path = path.partition("?")[0]  # names of a library's layers need no heuristics
-        self.logger.info(f"[IchCheckpointer] Loading from {path} ...")
-        if path.startswith(TORCHVISION_PREFIX):
-            self._load_torchvision(path)
-            return {}
-        state = pretrained_state_dict(path[len(TIMM_PREFIX) :])
-        shapes = {key: value.shape for key, value in self.model.state_dict().items()}
-        # A backbone has none of the layers behind its last map, a classifier its own last one.
-        state = {
-            prefix + key: value
-            for prefix in STATE_PREFIXES
-            for key, value in state.items()
-            if shapes.get(prefix + key) == value.shape
-        }
-        missing = [
-            key
-            for key in shapes
-            if key.startswith(STATE_PREFIXES)
-            and not key.endswith("tracked")
-            and not key.startswith(CLASSIFIER_HEAD)
-            and key not in state
-        ]
-        if missing or not state:
-            raise ValueError(
-                f"MODEL.WEIGHTS is '{path}', but the model is another network; set MODEL.TIMM.NAME"
-                " (of a classifier MODEL.CLASSIFIER.NAME) to the same."
-            )
-        self._log_incompatible_keys(self._load_model({"model": state}))
-        return {}
-
-    def _load_torchvision(self, path: str) -> None:
-        network = path[len(TORCHVISION_PREFIX) :]
-        incompatible = self._load_model(pretrained_checkpoint(network))
-        lost = [key for key, *_ in incompatible.incorrect_shapes] + incompatible.missing_keys
-        # An FPN's own layers are in no classifier.
-        lost = [k for k in lost if k.startswith("backbone.") and not k.startswith("backbone.fpn_")]
-        if lost:
-            raise ValueError(
-                f"MODEL.WEIGHTS is '{path}', but the model's backbone is another network, with"
-                f" '{lost[0]}'; set MODEL.BACKBONE.NAME to the same."
-            )
-        self._log_incompatible_keys(incompatible)
+        self._path = path
+        return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict:
         if filename.endswith(".pkl"):
@@ -127,12 +87,34 @@ class IchCheckpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _load_model(self, checkpoint: dict):
+        heads = checkpoint.pop("heads", ())
+        if "__author__" in checkpoint or checkpoint.get("matching_heuristics"):
+            channels = len(getattr(self.model, "pixel_mean", range(RGB)))
+            adapt_input_weights(checkpoint["model"], channels)
         incompatible = super()._load_model(checkpoint)
+        none_fits = len(incompatible.missing_keys) == len(self.model.state_dict())
         # Stock Detectron2 has no ratio k; it starts at its first value. A norm's count of batches
         # is not used.
         ours = ("anchor_sampler._ratio", "num_batches_tracked")
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not key.endswith(ours)]
+        if self._path.startswith(LIBRARY_PREFIXES):
+            # Layers of a backbone or classifier, but for those that ImageNet has none or other of.
+            ends = tuple(f".{head}" for head in heads)
+            lost = [
+                key
+                for key in missing
+                if none_fits
+                or key.startswith(("backbone.", "network."))
+                and not _ADDED.match(key)
+                and not key.rpartition(".")[0].endswith(ends)
+            ]
+            if lost:
+                raise ValueError(
+                    f"MODEL.WEIGHTS is '{self._path}', but the model is another network, with"
+                    f" '{lost[0]}'; set MODEL.BACKBONE.NAME and, with timm, MODEL.TIMM.NAME (of a"
+                    " classifier MODEL.CLASSIFIER.NAME) to the same."
+                )
         return incompatible
 
     def _torch_load(self, f: str) -> dict:

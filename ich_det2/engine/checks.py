@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode
@@ -15,11 +16,10 @@ from detectron2.utils.file_io import PathManager
 from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import metric_names
-from ..modeling.backbone.timm_backbone import pretrained_state_dict
-from ..modeling.backbone.torchvision_weights import pretrained_checkpoint
-from ..modeling.keys import check_read_keys
+from ..modeling.keys import THAWED, check_read_keys
+from ..modeling.weights import LIBRARY_PREFIXES
 from .anchors import fill_anchors, take_trained_anchors
-from .checkpoint import LIBRARY_PREFIXES, TIMM_PREFIX, TORCHVISION_PREFIX, IchCheckpointer
+from .checkpoint import IchCheckpointer
 from .config import (
     class_count_key,
     context_settings,
@@ -99,6 +99,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     continues = checkpoint is not None and not eval_only
     if not eval_only:
         _check_training(cfg, num_processes)
+        if not continues:
+            check_read_keys(flatten(cfg), flatten(load_config("", ["MODEL.DEVICE", "cpu"])))
     if continues or eval_only:
         trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
         if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS:
@@ -108,8 +110,6 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         run.check_continues(cfg)
     _check_data(cfg, eval_only)
     if not eval_only:
-        if not continues:
-            check_read_keys(flatten(cfg), flatten(load_config("", ["MODEL.DEVICE", "cpu"])))
         _check_best_metric(cfg)
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:
@@ -124,14 +124,17 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     if continues:
         check_fits(model, checkpoint)
         return
-    if cfg.MODEL.WEIGHTS == f"{TORCHVISION_PREFIX}resnet50" and cfg.MODEL.RESNETS.STRIDE_IN_1X1:
+    if (
+        cfg.MODEL.WEIGHTS.partition("?")[0] == "torchvision://resnet50"
+        and cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    ):
         raise ValueError(
             f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}', whose stride is in the 3x3 convolutions;"
             " set MODEL.RESNETS.STRIDE_IN_1X1 False, and MODEL.PIXEL_MEAN and PIXEL_STD to"
             " ImageNet's of RGB images (see tools/convert_weights.py --help)."
         )
     check_weights(cfg.MODEL.WEIGHTS, trained=eval_only)
-    if cfg.MODEL.WEIGHTS and not cfg.MODEL.WEIGHTS.startswith(LIBRARY_PREFIXES):
+    if cfg.MODEL.WEIGHTS:
         check_fits(model, cfg.MODEL.WEIGHTS, whole=eval_only)
     if eval_only:
         _place_evaluation(cfg, run, trained)
@@ -315,10 +318,7 @@ def thaw_without_weights(cfg: CfgNode) -> None:
 
 
 def _thaw(cfg: CfgNode) -> None:
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.TIMM.FREEZE_BN = False
-    cfg.MODEL.TORCHVISION.FREEZE_BN = False
+    cfg.merge_from_list([x for setting in THAWED.items() for x in setting])
 
 
 class _Loader(IchCheckpointer):
@@ -333,7 +333,7 @@ def check_fits(model, weights: str | Path, *, whole: bool = True) -> None:
 
     Args:
         model: as the config builds it; the weights are loaded into it.
-        weights: what ``MODEL.WEIGHTS`` takes, but for a library's.
+        weights: what ``MODEL.WEIGHTS`` takes; of a library's, the checkpointer checks the network.
         whole: a tensor that is missing or of another shape is an error; without it, other shapes
             are warned of, as a fine-tuning starts them at random.
 
@@ -379,15 +379,9 @@ def check_weights(weights: str, *, trained: bool) -> None:
         )
     if not weights:
         return
-    weights = weights.partition("?")[0]  # ?matching_heuristics=True, as Detectron2 takes it
     try:
-        if weights.startswith(TIMM_PREFIX):
-            pretrained_state_dict(weights[len(TIMM_PREFIX) :])
-            return
-        if weights.startswith(TORCHVISION_PREFIX):
-            pretrained_checkpoint(weights[len(TORCHVISION_PREFIX) :])
-            return
-        path = PathManager.get_local_path(weights)
+        # Without "?matching_heuristics=True", which tells Detectron2 how to load it.
+        path = PathManager.get_local_path(urlparse(weights)._replace(query="").geturl())
         if not Path(path).is_file():
             raise FileNotFoundError("there is no such file")
     except Exception as error:  # a download raises whatever its transport raises

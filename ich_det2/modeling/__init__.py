@@ -3,6 +3,7 @@
 import importlib.util
 
 if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does without
+    from . import weights as _  # noqa: F401  only registration
     from .anchor_generator import ClusteredAnchorGenerator
     from .backbone import TimmBackbone, TorchvisionBackbone
     from .classifier import ImageClassifier

@@ -1,7 +1,7 @@
 """Classification of whole slices, as a Detectron2 meta-architecture.
 
-Shape glossary: N slices of a batch, T neighbouring slices in order; in pixels, Hi and Wi the size
-of slice i, S the side of the network's input.
+Shape glossary: N slices of a batch, T neighbouring slices in order, C channels; in pixels, Hi and
+Wi the size of slice i, S the side of the network's input.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class ImageClassifier(nn.Module):
             network: see ``CLASSIFIER_REGISTRY``.
             input_size: S; slices are scaled to it along their longer side, the other is filled up
                 with air.
-            pixel_mean, pixel_std: 3 grey values.
+            pixel_mean, pixel_std: C grey values, taken off and divided by.
             pos_weight: weight of a slice with hemorrhage in the loss.
         """
         super().__init__()
@@ -64,8 +64,8 @@ class ImageClassifier(nn.Module):
     def forward(self, batched_inputs: list[dict]) -> dict | list[dict]:
         """
         Args:
-            batched_inputs: N dicts with "image", (3, Hi, Wi) in 0..255, or, for a network that
-                takes sequences, "sequence", (T, 3, Hi, Wi); in training "image_label", 0 or 1.
+            batched_inputs: N dicts with "image", (C, Hi, Wi) in 0..255, or, for a network that
+                takes sequences, "sequence", (T, C, Hi, Wi); in training "image_label", 0 or 1.
 
         Returns:
             In training "loss_cls", the mean binary cross-entropy; else N dicts with "image_score",
@@ -82,7 +82,7 @@ class ImageClassifier(nn.Module):
         """Scales, pads and normalizes; a slice comes out the same whatever is beside it.
 
         Returns:
-            (N, 3, S, S) or (N, T, 3, S, S).
+            (N, C, S, S) or (N, T, C, S, S).
         """
         key = "sequence" if self.takes_sequence else "image"
         images = [self._resize(x[key].to(self.device)) for x in batched_inputs]
@@ -91,7 +91,7 @@ class ImageClassifier(nn.Module):
         return (batch - self.pixel_mean) / self.pixel_std
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:
-        """From (..., 3, Hi, Wi) to S pixels along the longer side."""
+        """From (..., C, Hi, Wi) to S pixels along the longer side."""
         scale = self.input_size / max(image.shape[-2:])
         size = [max(1, round(side * scale)) for side in image.shape[-2:]]
         if size == list(image.shape[-2:]):

@@ -1,7 +1,7 @@
 """Networks that classify a slice, or a slice among its neighbours.
 
-Shape glossary: N slices, T neighbouring slices in order, S the side of the network's input in
-pixels, D features of a slice. All give logits sized (N, 1).
+Shape glossary: N slices, T neighbouring slices in order, C channels, S the side of the network's
+input in pixels, D features of a slice. All give logits sized (N, 1).
 """
 
 import timm
@@ -11,20 +11,24 @@ from timm.models.inception_resnet_v2 import InceptionResnetV2
 from torch import nn
 from torchvision import models
 
+from .channels import set_input_channels
+
 CLASSIFIER_REGISTRY = Registry("CLASSIFIER")
 CLASSIFIER_REGISTRY.__doc__ = """
 Registry of networks of :class:`ImageClassifier`. The object is called as ``obj(input_size)`` with S
 and must give a module that maps (N, 3, S, S) to logits (N, 1), or, where its attribute
-``takes_sequence`` is true, (N, T, 3, S, S) to the logits of the middle slices.
+``takes_sequence`` is true, (N, T, 3, S, S) to the logits of the middle slices. For images of C
+channels other than 3 its first convolution is adapted.
 """
 
 
 def build_classifier_network(cfg) -> nn.Module:
-    """Builds the network that ``MODEL.CLASSIFIER.NAME`` says.
+    """Builds the network that ``MODEL.CLASSIFIER.NAME`` says, for as many channels as
+    ``MODEL.PIXEL_MEAN`` has values.
 
     Raises:
-        ValueError: if there is none of that name, the input is too small for it, or it takes
-            sequences and ``INPUT.SEQUENCE_SLICES`` gives none.
+        ValueError: if there is none of that name, the input is too small for it or of other
+            channels, or it takes sequences and ``INPUT.SEQUENCE_SLICES`` gives none.
     """
     name = cfg.MODEL.CLASSIFIER.NAME
     if name not in CLASSIFIER_REGISTRY:
@@ -33,6 +37,7 @@ def build_classifier_network(cfg) -> nn.Module:
             f"MODEL.CLASSIFIER.NAME is '{name}', but the registered classifiers are {known}."
         )
     network = CLASSIFIER_REGISTRY.get(name)(cfg.MODEL.CLASSIFIER.INPUT_SIZE)
+    set_input_channels(network, len(cfg.MODEL.PIXEL_MEAN))
     if getattr(network, "takes_sequence", False) and cfg.INPUT.SEQUENCE_SLICES < 1:
         raise ValueError(
             f"MODEL.CLASSIFIER.NAME is '{name}', which reads neighbouring slices in order, but"
@@ -184,7 +189,7 @@ class BHCNet(nn.Module):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: (N, 3, S, S).
+            x: (N, C, S, S).
 
         Returns:
             (N, D).
@@ -209,7 +214,7 @@ class _RecurrentBHCNet(BHCNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: (N, T, 3, S, S), T odd, in the order of the slices.
+            x: (N, T, C, S, S), T odd, in the order of the slices.
 
         Returns:
             (N, 1), of the slices in the middle.

@@ -1,6 +1,7 @@
 """Converted weights: the features are torchvision's own."""
 
 import importlib.util
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,13 @@ def test_resnet50_features_and_res5_are_torchvisions(converted, config):
     torch.testing.assert_close(ours5, res5, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # not kept: hundreds of megabytes
+        monkeypatch.setenv("FVCORE_CACHE", folder)
+        yield
+
+
 def library_state(network):
     """Weights of the right names and sizes, each filled with a number of its own."""
     kwargs = {"init_weights": False} if network == "inception_v3" else {}
@@ -190,6 +198,22 @@ def test_librarys_weights_fill_the_detector(
     given = [v for k, v in state.items() if not k.startswith(classifying) and "tracked" not in k]
     assert sorted(map(signature, loaded)) == sorted(map(signature, given))
     assert all(torch.equal(after[k], before[k]) for k in after if k.startswith(own))
+
+
+def test_a_retinanet_has_levels_that_no_classifier_has(tiny_cfg, monkeypatch):
+    state = library_state("resnet50")
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *args, **kwargs: state)
+    opts = (
+        "MODEL.META_ARCHITECTURE",
+        "RetinaNet",
+        "MODEL.FPN.IN_FEATURES",
+        "['res3','res4','res5']",
+    )
+    opts += ("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone")
+    model = detector(tiny_cfg, "resnet50", *opts, config="csfrcnn_r50_fpn.yaml")
+    IchCheckpointer(model).load("torchvision://resnet50")
+    loaded = model.backbone.bottom_up.state_dict()
+    assert all(v.min() == v.max() for k, v in loaded.items())
 
 
 def signature(tensor):

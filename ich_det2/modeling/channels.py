@@ -1,0 +1,44 @@
+"""Networks made for RGB on images of another number of channels."""
+
+import torch
+from timm.models import adapt_input_conv
+from torch import nn
+
+RGB = 3
+
+
+def set_input_channels(network: nn.Module, channels: int) -> None:
+    """Lets the first convolution of a network take images of C channels, in place.
+
+    Its weights are adapted as timm does it: summed for one channel, else repeated and scaled by
+    3 / C. At 3 channels nothing is changed.
+
+    Args:
+        network: whose first convolution, in the order of its modules, sees the image.
+        channels: C.
+
+    Raises:
+        ValueError: if the first convolution takes neither 3 nor C channels.
+    """
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or first.in_channels == channels:
+        return
+    if first.in_channels != RGB:
+        raise ValueError(
+            f"{type(network).__name__} takes images of {first.in_channels} channels, but"
+            f" MODEL.PIXEL_MEAN has {channels} values; give as many."
+        )
+    first.in_channels = channels
+    first.weight = nn.Parameter(adapt_input_conv(channels, first.weight.detach()))
+
+
+def adapt_input_weights(state: dict, channels: int) -> None:
+    """Adapts weights of a network for RGB, as :func:`set_input_channels`, in place.
+
+    Args:
+        state: arrays or tensors by name; a convolution of 3 channels is the first one.
+        channels: C, of the images.
+    """
+    for name, weight in state.items():
+        if getattr(weight, "ndim", 0) == 4 and weight.shape[1] == RGB != channels:
+            state[name] = adapt_input_conv(channels, torch.as_tensor(weight))
