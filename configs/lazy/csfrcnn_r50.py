@@ -22,9 +22,11 @@ from ich_det2.evaluation import DiagnosisEvaluator
 from ich_det2.modeling import (
     AdaptiveRatioSampler,
     ClusteredAnchorGenerator,
+    CostSensitiveRes5ROIHeads,
     CostSensitiveRPN,
     CostSensitiveRPNHead,
 )
+from ich_det2.modeling.roi_heads import CostSensitiveFastRCNNOutputLayers
 
 # ---- model: Detectron2's C4 without masks, with this project's RPN ---------------------------
 model = model_zoo.get_config("common/models/mask_rcnn_c4.py").model
@@ -48,6 +50,9 @@ model.proposal_generator.anchor_generator.update(
     offset=0.0,
 )
 del model.roi_heads.mask_head
+model.roi_heads._target_ = CostSensitiveRes5ROIHeads
+model.roi_heads.box_predictor._target_ = CostSensitiveFastRCNNOutputLayers
+model.roi_heads.box_predictor.alpha = 1.0
 model.roi_heads.num_classes = 1
 model.roi_heads.batch_size_per_image = 128
 model.roi_heads.box_predictor.test_score_thresh = 0.001  # ROC curves need the low scores too
