@@ -99,8 +99,6 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     continues = checkpoint is not None and not eval_only
     if not eval_only:
         _check_training(cfg, num_processes)
-        if not continues:
-            check_read_keys(flatten(cfg), flatten(load_config("", ["MODEL.DEVICE", "cpu"])))
     if continues or eval_only:
         trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
         if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS:
@@ -110,6 +108,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         run.check_continues(cfg)
     _check_data(cfg, eval_only)
     if not eval_only:
+        if not continues:
+            check_read_keys(flatten(cfg), flatten(load_config("", ["MODEL.DEVICE", "cpu"])))
         _check_best_metric(cfg)
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:
