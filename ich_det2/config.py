@@ -105,8 +105,9 @@ def add_ich_config(cfg: CfgNode) -> None:
 
     # ---- second stage ----------------------------------------------------------------------
     cfg.MODEL.ROI_HEADS.COST = CN()
-    # Weight of a foreground proposal in the ROI classification loss of CostSensitiveROIHeads;
-    # 1 is stock. Beyond the paper.
+    # Weight of a foreground proposal in the ROI classification loss of CostSensitiveROIHeads,
+    # CostSensitiveRes5ROIHeads, CostSensitiveCascadeROIHeads and InceptionV3ROIHeads; 1 is stock.
+    # Beyond the paper.
     cfg.MODEL.ROI_HEADS.COST.ALPHA = 1.0
 
     # ---- timm backbones (build_timm_backbone) ------------------------------------------------

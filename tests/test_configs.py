@@ -163,3 +163,33 @@ def test_it_trains_is_saved_goes_on_and_is_evaluated(config, root, tmp_path, mon
     assert len(anchors.SIZES) == (5 if "fpn" in config.stem else 1)
     assert all(anchors.SIZES) and len(anchors.ASPECT_RATIOS[0]) == 3
     shutil.rmtree(out)  # some hundred megabytes
+
+
+RETINANET = (
+    *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CONVS", "1"),
+    *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", "18"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.OUT_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.FPN.IN_FEATURES", "['res3', 'res4', 'res5']"),
+    *("MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_SIZES", "5"),
+)
+
+
+def test_a_retinanet_trains_on_the_datas_classes_and_clustered_anchors(root, tmp_path, caplog):
+    """Without a second stage: the number of classes, anchors and thresholds are of its own keys."""
+    names = ("DATASETS.ICH_CLASSES", "['IPH', 'SDH']")
+    data = ("DATASETS.ICH_ROOT", str(root), "OUTPUT_DIR", str(tmp_path))
+    small = (*SMALL, "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0, "SOLVER.BASE_LR", "1e-4")
+    cfg = load_config(ROOT / "configs/Base-ICH.yaml", [*data, *small, *RETINANET, *names])
+    check_config(cfg, eval_only=False, resume=False)
+    assert "MODEL.RETINANET.SCORE_THRESH_TEST is 0.05" in caplog.text
+    trainer = IchTrainer(cfg)
+    trainer.train()
+    model = trainer.model
+    assert model.head.cls_score.out_channels == 3 * 2  # ratios and classes
+    assert type(model.anchor_generator).__name__ == "ClusteredAnchorGenerator"
+    assert model.anchor_generator.num_anchors == [3] * 5
+    model.eval().test_score_thresh = 0.0
+    with torch.no_grad():
+        (found,) = model([{"image": torch.rand(3, 64, 64), "height": 64, "width": 64}])
+    assert set(found["instances"].pred_classes.tolist()) <= {0, 1} and len(found["instances"])

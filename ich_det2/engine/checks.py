@@ -26,6 +26,7 @@ from .config import (
     first_line,
     flatten,
     is_classifier,
+    is_retinanet,
     load_config,
 )
 from .operating_point import check_operating_point
@@ -107,9 +108,10 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         take_trained_anchors(cfg, run.path)
         run.check_continues(cfg)
     _check_data(cfg, eval_only)
+    if not continues:
+        defaults = flatten(load_config("", ["MODEL.DEVICE", "cpu"]))
+        check_read_keys(flatten(cfg), defaults, training=not eval_only)
     if not eval_only:
-        if not continues:
-            check_read_keys(flatten(cfg), flatten(load_config("", ["MODEL.DEVICE", "cpu"])))
         _check_best_metric(cfg)
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:
@@ -242,6 +244,14 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         logger.warning(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True: no healthy slice is trained on."
+        )
+    part = "RETINANET" if is_retinanet(cfg) else "ROI_HEADS"
+    least = cfg.MODEL[part].SCORE_THRESH_TEST
+    if least > 0.01 and not is_classifier(cfg):
+        logger.warning(
+            "MODEL.%s.SCORE_THRESH_TEST is %s: boxes that score less are dropped, and the curves of"
+            " ROC and FROC end there; the configs here have 0.001.",
+            *(part, least),
         )
 
 

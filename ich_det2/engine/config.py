@@ -12,8 +12,10 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from ..config import add_ich_config
+from ..modeling import ImageClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +132,18 @@ def class_count_key(cfg: CfgNode) -> str:
 
 def is_classifier(cfg: CfgNode) -> bool:
     """Whether the model scores whole images, without boxes."""
-    return cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+    return _derives(cfg, ImageClassifier)
 
 
 def is_retinanet(cfg: CfgNode) -> bool:
     """Whether the model is Detectron2's RetinaNet, which has no second stage."""
-    return cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    return _derives(cfg, RetinaNet)
+
+
+def _derives(cfg: CfgNode, architecture: type) -> bool:
+    name = cfg.MODEL.META_ARCHITECTURE
+    found = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return isinstance(found, type) and issubclass(found, architecture)
 
 
 def context_settings(cfg: CfgNode) -> dict:

@@ -11,7 +11,8 @@ from ..data.mapper import IchDatasetMapper
 from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
 from ..evaluation.report import Model, ReadImage, write_report
-from .config import Differences, is_classifier
+from ..modeling.keys import is_read
+from .config import Differences, flatten, is_classifier, is_retinanet
 from .operating_point import build_settings
 from .partitions import ROLES, overlaps, patients_of
 from .run_folder import RunFolder, versions
@@ -121,7 +122,7 @@ def _partitions(cfg: CfgNode, trained: RunFolder) -> dict[str, str]:
 
 
 def _model(cfg: CfgNode) -> str:
-    model, rpn = cfg.MODEL, cfg.MODEL.RPN
+    model = cfg.MODEL
     if is_classifier(cfg):
         classifier = model.CLASSIFIER
         return (
@@ -133,9 +134,18 @@ def _model(cfg: CfgNode) -> str:
     backbone = model.BACKBONE.NAME
     if backbone == "build_timm_backbone":
         backbone = model.TIMM.NAME
+    # Only what a part of the model reads.
+    settings = {
+        "alpha": "MODEL.RPN.COST.ALPHA",
+        "R": "MODEL.RPN.SAMPLER.MAX_RATIO",
+        "with too few positives": "MODEL.RPN.SAMPLER.SHORTFALL",
+        "alpha of the second stage": "MODEL.ROI_HEADS.COST.ALPHA",
+    }
+    flat = flatten(cfg)
+    used = [f"{name} {flat[key]}" for name, key in settings.items() if is_read(flat, key)]
+    stages = [] if is_retinanet(cfg) else [model.PROPOSAL_GENERATOR.NAME, model.ROI_HEADS.NAME]
     return (
-        f"{model.META_ARCHITECTURE}, {backbone}, {model.PROPOSAL_GENERATOR.NAME} with alpha"
-        f" {rpn.COST.ALPHA:g}, R {rpn.SAMPLER.MAX_RATIO:g}, {rpn.SAMPLER.SHORTFALL}; anchors"
+        f"{', '.join([model.META_ARCHITECTURE, backbone, *stages, *used])}; anchors"
         f" {_plain(model.ANCHOR_GENERATOR.SIZES)} pixels, ratios"
         f" {_plain(model.ANCHOR_GENERATOR.ASPECT_RATIOS)}; an image is positive if a box scores at"
         " least the threshold."

@@ -15,7 +15,7 @@ def set_input_channels(network: nn.Module, channels: int) -> None:
 
     Args:
         network: whose first convolution, in the order of its modules, sees the image.
-        channels: C.
+        channels: C, number of channels of the images.
 
     Raises:
         ValueError: if the first convolution takes neither 3 nor C channels.
@@ -37,7 +37,7 @@ def adapt_input_weights(state: dict, channels: int) -> None:
 
     Args:
         state: arrays or tensors by name; a convolution of 3 channels is the first one.
-        channels: C, of the images.
+        channels: C, number of channels of the images.
     """
     for name, weight in state.items():
         if getattr(weight, "ndim", 0) == 4 and weight.shape[1] == RGB != channels:

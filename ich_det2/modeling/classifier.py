@@ -32,10 +32,11 @@ class ImageClassifier(nn.Module):
     ):
         """
         Args:
-            network: see ``CLASSIFIER_REGISTRY``.
-            input_size: S; slices are scaled to it along their longer side, the other is filled up
-                with air.
-            pixel_mean, pixel_std: C grey values, taken off and divided by.
+            network: from images, or sequences of them, to logits, as ``CLASSIFIER_REGISTRY`` says.
+            input_size: S, pixels; slices are scaled to it along their longer side, the other side
+                is filled up with air.
+            pixel_mean: C grey values that are subtracted from the channels.
+            pixel_std: C grey values that the channels are divided by after that.
             pos_weight: weight of a slice with hemorrhage in the loss.
         """
         super().__init__()

@@ -66,9 +66,9 @@ class LeNet(nn.Sequential):
     def __init__(self, input_size: int = 32, *, in_channels: int = 3, num_outputs: int = 1):
         """
         Args:
-            input_size: S, pixels.
-            in_channels: published 1; here one for each window.
-            num_outputs: published 10.
+            input_size: S, side of the square input, pixels, at least 16.
+            in_channels: C, number of channels of the images; the publication has 1.
+            num_outputs: number of logits; the publication has 10, one for each digit.
 
         Raises:
             ValueError: if the input is too small.
@@ -164,7 +164,7 @@ class BHCNet(nn.Module):
     def __init__(self, input_size: int = 128):
         """
         Args:
-            input_size: S, pixels; any that four halvings leave something of.
+            input_size: S, side of the square input, pixels, at least 16: it is halved four times.
 
         Raises:
             ValueError: if the input is too small.
@@ -189,10 +189,10 @@ class BHCNet(nn.Module):
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: (N, C, S, S).
+            x: images, (N, C, S, S).
 
         Returns:
-            (N, D).
+            Features of each image, (N, D).
         """
         maps = self.blocks(x)
         return self.hidden(torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], dim=1))
@@ -214,10 +214,10 @@ class _RecurrentBHCNet(BHCNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            x: (N, T, C, S, S), T odd, in the order of the slices.
+            x: images of neighbouring slices, (N, T, C, S, S), T odd, in their order.
 
         Returns:
-            (N, 1), of the slices in the middle.
+            Logits of the slices in the middle, (N, 1).
         """
         features = self.features(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         states, _ = self.recurrent(features)

@@ -27,7 +27,7 @@ def cost_sensitive_bce(
         labels: 1 for positive and 0 for negative, same shape, any dtype.
         alpha: cost of a missed positive relative to a false alarm, > 0.
         reduction: "none", "sum", or "mean" (over all elements, not over weights).
-        weight: further weight of each element, same shape.
+        weight: factor of each element's loss besides its cost, same shape; None is 1.
 
     Raises:
         ValueError: if alpha is not a positive finite number.

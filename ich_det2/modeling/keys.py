@@ -4,6 +4,7 @@ A part that derives from one here reads what that reads. A part of a user's own,
 neither Detectron2 nor this package, may read anything.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 from detectron2.modeling import (
@@ -116,6 +117,8 @@ _NOT_READ = {
     "MODEL.SEM_SEG_HEAD.": _BOXES_ALONE,
     "MODEL.PANOPTIC_FPN.": _BOXES_ALONE,
 }
+# Of these, what is of an evaluation too.
+_OF_TESTS = re.compile(r"TEST\.AUG\.|MODEL\.LOAD_PROPOSALS$")
 # Switches of heads that only a data set of a user's own can train.
 _OWN_DATA = ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON")
 
@@ -151,16 +154,52 @@ THAWED = {
 """What a training from random weights sets, whatever the backbone."""
 
 
-def check_read_keys(config: Config, defaults: Config) -> None:
-    """Refuses a key of a training that differs from its default and that nothing would read.
+def check_read_keys(config: Config, defaults: Config, *, training: bool = True) -> None:
+    """Refuses a key that differs from its default and that nothing would read.
 
     Args:
-        config: of the training.
+        config: of the run.
         defaults: of a config without any setting. Keys that only one of both has are left out.
+        training: without it only what an evaluation would read counts.
 
     Raises:
         ValueError: naming the key, and the parts that would read it or why there are none.
     """
+    given = [
+        key
+        for key, value in config.items()
+        if key in defaults and _as_lists(value) != _as_lists(defaults[key])
+    ]
+    for key in given if training else filter(_OF_TESTS.match, given):
+        for why in () if _is_foreign_model(config, key) else _fitting(_NOT_READ, key):
+            raise ValueError(
+                f"{key} is {config[key]!r}, but nothing reads it: {why}; leave it at"
+                f" {defaults[key]!r}."
+            )
+    if not training:
+        return
+    _check_values(config)
+    unread = [key for key in given if not is_read(config, key)]
+    if unread:
+        rest = f" (and so {', '.join(unread[1:])})" if unread[1:] else ""
+        raise ValueError(
+            f"{_who_reads(config, unread[0])}, or leave {unread[0]} at"
+            f" {defaults[unread[0]]!r}{rest}."
+        )
+
+
+def is_read(config: Config, key: str) -> bool:
+    """Whether a part that the model is built of reads a key, or may read it."""
+    random = not config["MODEL.WEIGHTS"] and _is_built(config, _BACKBONE)
+    if _is_foreign_model(config, key) or random and THAWED.get(key) == config[key]:
+        return True
+    return all(
+        any(_may_read(config, part, reads) for part, reads in readers.items())
+        for readers in _fitting(_READERS, key)
+    )
+
+
+def _check_values(config: Config) -> None:
     for key, names in _NAMES.items():
         if config[key] not in names:
             raise ValueError(f"{key} is {config[key]!r}, expected {' or '.join(names)}.")
@@ -173,30 +212,10 @@ def check_read_keys(config: Config, defaults: Config) -> None:
             f"INPUT.MIN_SIZE_TRAIN is {sizes}, expected the two ends of the range that"
             " INPUT.MIN_SIZE_TRAIN_SAMPLING asks for."
         )
-    unread = []
-    for key, value in config.items():
-        given = key in defaults and _as_lists(value) != _as_lists(defaults[key])
-        if not given or _is_thawed(config, key):
-            continue
-        if key.startswith("MODEL.") and _is_foreign(_found(config, _META)):
-            continue
-        for why in _fitting(_NOT_READ, key):
-            raise ValueError(
-                f"{key} is {value!r}, but nothing reads it: {why}; leave it at {defaults[key]!r}."
-            )
-        ours = [name for name in config["DATASETS.TRAIN"] if str(name).startswith("ich_")]
-        if key in _OWN_DATA and ours:
+    ours = [name for name in config["DATASETS.TRAIN"] if str(name).startswith("ich_")]
+    for key in _OWN_DATA:
+        if config[key] and ours and not _is_foreign_model(config, key):
             raise ValueError(f"{key} is True, but '{ours[0]}' has boxes alone; set it to False.")
-        for readers in _fitting(_READERS, key):
-            if not any(_may_read(config, part, reads) for part, reads in readers.items()):
-                unread.append((key, readers))
-    if unread:
-        (key, readers), *more = unread
-        rest = ", ".join(dict.fromkeys(other for other, _ in more if other != key))
-        raise ValueError(
-            f"{_unread(config, key, readers)}, or leave {key} at {defaults[key]!r}"
-            f"{f' (and so {rest})' if rest else ''}."
-        )
 
 
 def _as_lists(value):
@@ -211,9 +230,8 @@ def _fitting(table: Mapping, key: str) -> Iterator:
             yield value
 
 
-def _is_thawed(config: Config, key: str) -> bool:
-    random = not config["MODEL.WEIGHTS"] and _is_built(config, _BACKBONE)
-    return random and key in THAWED and config[key] == THAWED[key]
+def _is_foreign_model(config: Config, key: str) -> bool:
+    return key.startswith("MODEL.") and _is_foreign(_found(config, _META))
 
 
 def _found(config: Config, part: str):
@@ -241,13 +259,14 @@ def _may_read(config: Config, part: str, reads: Callable[[object], bool]) -> boo
     return _is_built(config, part) and (not known or reads(found))
 
 
-def _unread(config: Config, key: str, readers: Mapping) -> str:
-    has, wanted = {}, []
-    for part, reads in readers.items():
-        name = part if _is_built(config, part) else _META
-        has[f"{name} {config[name]}"] = None
-        names = sorted(name for name, found in _PARTS[part][0] if reads(found))
-        wanted.append(f"{' or '.join(names)} does ({part})")
+def _who_reads(config: Config, key: str) -> str:
+    has, wanted = {}, {}
+    for readers in _fitting(_READERS, key):
+        for part, reads in readers.items():
+            name = part if _is_built(config, part) else _META
+            has[f"{name} {config[name]}"] = None
+            names = sorted(name for name, found in _PARTS[part][0] if reads(found))
+            wanted[f"{' or '.join(names)} does ({part})"] = None
     return (
         f"{key} is {config[key]!r}, but {' and '.join(has)} does not read it; {', '.join(wanted)}:"
         " set that"

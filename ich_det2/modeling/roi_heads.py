@@ -67,8 +67,8 @@ def build_cost_sensitive_predictor(cfg, stock: FastRCNNOutputLayers):
     """A stock predictor with the weights it starts from, its class loss weighed by alpha.
 
     Args:
-        cfg: reads ``MODEL.ROI_HEADS.COST.ALPHA`` and what the stock predictor reads.
-        stock: of any other class it is given back as it is.
+        cfg: config; ``MODEL.ROI_HEADS.COST.ALPHA`` is read, and what the stock predictor reads.
+        stock: predictor of Detectron2's; one of a user's own class is given back as it is.
     """
     if type(stock) is not FastRCNNOutputLayers:
         return stock

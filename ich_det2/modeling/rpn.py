@@ -120,12 +120,12 @@ class CostSensitiveRPN(RPN):
         """Screens and samples each image's anchors, then lets the sampler learn from the batch.
 
         Args:
-            anchors: sum(Hi*Wi*A) boxes.
+            anchors: sum(Hi*Wi*A) boxes, the same for all images.
             logits: objectness, sized (N, sum(Hi*Wi*A)).
-            gt_labels: N label vectors sized (sum(Hi*Wi*A),).
+            gt_labels: the matcher's labels of each of N images, sized (sum(Hi*Wi*A),).
 
         Returns:
-            N samples.
+            The sampled anchors of each of N images.
         """
         ratio = self.anchor_sampler.ratio
         samples = []

@@ -111,7 +111,7 @@ def screen_by_nms(
     negatives that are easy.
 
     Args:
-        labels: sized (A,).
+        labels: of the matcher, 1, 0 or -1, sized (A,).
         logits: predicted objectness, sized (A,).
         boxes: the anchors, XYXY, sized (A, 4).
         nms_thresh: IoU above which the lower scored candidate is ignored.
@@ -184,8 +184,8 @@ class AnchorSampler(nn.Module):
         :func:`detectron2.modeling.sampling.subsample_labels`.
 
         Args:
-            labels: sized (A,).
-            ratio: k.
+            labels: of the matcher, 1, 0 or -1, sized (A,).
+            ratio: k, positives to negatives, that is aimed at.
         """
         positive = (labels == 1).nonzero().squeeze(1)
         negative = (labels == 0).nonzero().squeeze(1)
@@ -209,8 +209,8 @@ class AnchorSampler(nn.Module):
         """Learns from a batch after sampling; here it does nothing.
 
         Args:
-            probs: per image, predicted objectness in [0, 1], sized (A,).
-            samples: per image, what :meth:`sample` returned.
+            probs: predicted objectness in [0, 1] of each image's anchors, sized (A,).
+            samples: what :meth:`sample` returned for each image.
         """
 
 

@@ -6,6 +6,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 
 from ich_det2 import add_ich_config
 from ich_det2.anchors import AnchorPairs, Anchors
@@ -19,8 +20,9 @@ from ich_det2.engine.anchors import (
     training_boxes_wh,
 )
 from ich_det2.engine.checks import check_config, check_weights
-from ich_det2.engine.config import load_config
+from ich_det2.engine.config import class_count_key, is_classifier, is_retinanet, load_config
 from ich_det2.evaluation.evaluator import metric_names
+from ich_det2.modeling import ImageClassifier
 
 EFFNET = "configs/csfrcnn_effnet_lite0.yaml"
 OPEN_ANCHORS = (
@@ -107,6 +109,17 @@ def test_what_cannot_be_dealt_equally_is_an_error_with_the_remedy(tiny_cfg, anch
 def test_the_levels_are_those_of_the_models_head(tiny_cfg):
     assert anchor_levels(tiny_cfg()) == ["stride16"]
     assert len(anchor_levels(tiny_cfg("MODEL.META_ARCHITECTURE", "RetinaNet"))) == 5
+
+
+def test_architectures_derived_from_retinanet_and_the_classifier_are_as_they_are(tiny_cfg):
+    for base in (RetinaNet, ImageClassifier):
+        name = f"Own{base.__name__}"
+        if name not in META_ARCH_REGISTRY:
+            META_ARCH_REGISTRY.register(type(name, (base,), {}))
+    own = tiny_cfg("MODEL.META_ARCHITECTURE", "OwnRetinaNet")
+    assert is_retinanet(own) and class_count_key(own) == "MODEL.RETINANET.NUM_CLASSES"
+    own = tiny_cfg("MODEL.META_ARCHITECTURE", "OwnImageClassifier")
+    assert is_classifier(own) and class_count_key(own) == ""
 
 
 def test_anchors_in_the_config_are_kept(cfg_on):

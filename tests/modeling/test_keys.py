@@ -141,6 +141,15 @@ def test_what_is_read_is_let_through(opts):
     check(R50, *opts)
 
 
+def test_an_evaluation_refuses_what_only_it_would_read():
+    config = flatten(load_config(CONFIGS / R50, ["TEST.AUG.ENABLED", "True"]))
+    with pytest.raises(ValueError, match="TEST.AUG.ENABLED is True, but nothing reads it"):
+        check_read_keys(config, DEFAULTS, training=False)
+    # What a run was trained with, before such keys were refused, does not matter any more.
+    config = flatten(load_config(CONFIGS / R50, ["INPUT.CROP.ENABLED", "True"]))
+    check_read_keys({**config, "MODEL.RPN.COST.ALPHA": 9.0}, DEFAULTS, training=False)
+
+
 def register(registry, part, name):
     part.__name__ = name
     if name not in registry:

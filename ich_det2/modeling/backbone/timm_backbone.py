@@ -33,7 +33,7 @@ class TimmBackbone(Backbone):
         Args:
             name: as in ``timm.create_model``; weights are random, ``MODEL.WEIGHTS`` loads them.
             out_strides: strides of the maps, in network-input pixels.
-            in_channels: C, of the images.
+            in_channels: C, number of channels of the images.
             freeze_bn: turn all batch norms into constant affine maps.
             bn_momentum: share of the newest batch in the running statistics of the others.
             freeze_at: keep the network's first ``freeze_at`` feature stages as loaded, their batch
@@ -103,7 +103,7 @@ class TimmBackbone(Backbone):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            x: (N, C, H, W).
+            x: images, (N, C, H, W).
 
         Returns:
             Map from name to (N, C_i, H / stride_i, W / stride_i) of the i-th map.

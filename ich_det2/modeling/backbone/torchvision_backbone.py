@@ -32,10 +32,10 @@ class TorchvisionBackbone(Backbone):
     ):
         """
         Args:
-            layers: weights are random, ``MODEL.WEIGHTS`` loads them.
-            out_feature: name of the map.
-            out_channels: of the map.
-            stages: names of the last layer of each stage, in order.
+            layers: from the image to the map; weights are random, ``MODEL.WEIGHTS`` loads them.
+            out_feature: name that Detectron2 finds the map by, as in ``MODEL.RPN.IN_FEATURES``.
+            out_channels: number of channels of the map.
+            stages: name of the last of ``layers`` in each stage, in order.
             freeze_bn: turn all batch norms into constant affine maps.
             freeze_at: keep the first ``freeze_at`` stages as loaded, their batch norms too; 0
                 trains all.
@@ -67,7 +67,7 @@ class TorchvisionBackbone(Backbone):
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            x: (N, C, H, W), H and W multiples of 16.
+            x: images, (N, C, H, W), H and W multiples of 16.
 
         Returns:
             Map from the feature's name to (N, out_channels, H / 16, W / 16).

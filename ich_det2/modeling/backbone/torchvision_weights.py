@@ -49,11 +49,12 @@ def convert(network: str, state: Mapping[str, torch.Tensor]) -> dict:
     """A classifier's state dict as a checkpoint for ``MODEL.WEIGHTS``.
 
     Args:
-        network: one of NETWORKS.
-        state: of torchvision's model, for any number of classes.
+        network: name in torchvision, one of NETWORKS.
+        state: state dict of torchvision's model, for any number of classes.
 
     Returns:
-        "model": tensors by name; "matching_heuristics": whether the names are ends of names.
+        "model": tensors by their names in a detector; "matching_heuristics": whether these are
+        only the ends of names there; "__author__".
 
     Raises:
         ValueError: if torchvision has no such network here, or the tensors are not its own.
