@@ -15,23 +15,26 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-import yaml
-from detectron2.config import get_cfg
-from tabulate import tabulate
+from ich_det2.cli import guard, quiet_imports
 
-from ich_det2.anchors import AnchorPairs, Anchors, best_iou
-from ich_det2.data import register_ich_datasets
-from ich_det2.engine.anchors import (
-    anchor_levels,
-    anchor_settings,
-    boxes_wh_of,
-    clustered_anchors,
-    training_boxes_wh,
-)
-from ich_det2.engine.config import load_config
-from ich_det2.evaluation.plots import plot_anchors
-from ich_det2.files import write_atomically
+with quiet_imports():
+    import numpy as np
+    import yaml
+    from detectron2.config import get_cfg
+    from tabulate import tabulate
+
+    from ich_det2.anchors import AnchorPairs, Anchors, best_iou
+    from ich_det2.data import register_ich_datasets
+    from ich_det2.engine.anchors import (
+        anchor_levels,
+        anchor_settings,
+        boxes_wh_of,
+        clustered_anchors,
+        training_boxes_wh,
+    )
+    from ich_det2.engine.config import load_config
+    from ich_det2.evaluation.plots import plot_anchors
+    from ich_det2.files import write_atomically
 
 IOU_THRESHOLDS = (0.5, 0.7)
 STOCK = "Detectron2's default"
@@ -102,26 +105,26 @@ def compare_on_validation(cfg, candidates: dict[str, Anchors | AnchorPairs]) -> 
     return f"{len(boxes_wh)} validation boxes, which were not clustered:\n{table}"
 
 
-def main(argv=None) -> int:
-    args = parse_args(argv)
-    try:
-        for option, file in (("--output", args.output), ("--plot", args.plot)):
-            if file and not Path(file).parent.is_dir():
-                raise FileNotFoundError(
-                    f"{option} '{file}': there is no folder '{Path(file).parent}'; create it first."
-                )
-        cfg = load_config(args.config_file, args.opts)
-        clusters = cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS
-        for key in ("METHOD", "NUM_SIZES", "NUM_RATIOS", "RATIO_SPACE"):
-            value = getattr(args, key.lower())
-            clusters[key] = clusters[key] if value is None else value
-        register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
-        boxes_wh = training_boxes_wh(cfg)
-        candidates = cluster_all(cfg, boxes_wh)
-        settings = anchor_settings(cfg, clustered_anchors(cfg, boxes_wh))
-    except (FileNotFoundError, ValueError) as error:
-        print(f"cluster_anchors.py: error: {error}", file=sys.stderr)
-        return 2
+def run(args) -> None:
+    """Prints the tables and the fragment, and writes what is asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence with the remedy.
+    """
+    for option, file in (("--output", args.output), ("--plot", args.plot)):
+        if file and not Path(file).parent.is_dir():
+            raise FileNotFoundError(
+                f"{option} '{file}': there is no folder '{Path(file).parent}'; create it first."
+            )
+    cfg = load_config(args.config_file, args.opts)
+    clusters = cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS
+    for key in ("METHOD", "NUM_SIZES", "NUM_RATIOS", "RATIO_SPACE"):
+        value = getattr(args, key.lower())
+        clusters[key] = clusters[key] if value is None else value
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
+    boxes_wh = training_boxes_wh(cfg)
+    candidates = cluster_all(cfg, boxes_wh)
+    settings = anchor_settings(cfg, clustered_anchors(cfg, boxes_wh))
     default = get_cfg().MODEL.ANCHOR_GENERATOR
     candidates[STOCK] = Anchors(default.SIZES[0], default.ASPECT_RATIOS[0])
     print(f"{len(boxes_wh)} training boxes; best possible recall (BPR):")
@@ -142,7 +145,11 @@ def main(argv=None) -> int:
     if args.plot:
         plot_anchors(boxes_wh, candidates, args.plot)
         print(f"Drawn to {args.plot}.")
-    return 0
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
+    return guard("cluster_anchors.py", lambda: run(args))
 
 
 if __name__ == "__main__":

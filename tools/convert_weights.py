@@ -19,11 +19,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+from ich_det2.cli import guard, quiet_imports
 
-from ich_det2.engine.checkpoint import load_tensors
-from ich_det2.files import write_atomically
-from ich_det2.modeling.backbone.torchvision_weights import NETWORKS, PIXEL_STATISTICS, convert
+with quiet_imports():
+    import torch
+
+    from ich_det2.engine.checkpoint import load_tensors
+    from ich_det2.files import write_atomically
+    from ich_det2.modeling.backbone.torchvision_weights import NETWORKS, PIXEL_STATISTICS, convert
 
 
 def parse_args(argv=None):
@@ -64,12 +67,8 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-    try:
-        run(parse_args(argv))
-    except (OSError, ValueError) as error:
-        print(f"convert_weights.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parse_args(argv)
+    return guard("convert_weights.py", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def _merge_pairs(cfg: CfgNode, opts: Sequence) -> None:
         except _NO_CONFIG as error:
             kind = type(known[key]).__name__
             raise ValueError(
-                f"{where} {key} is {value!r}, expected a {kind} such as {known[key]!r}."
+                f"{where} {key} is {value!r}, expected {kind}, such as {known[key]!r}."
             ) from error
 
 

@@ -3,13 +3,16 @@
 The config is that of ``configs/experiments``; ``base.yaml`` there says what each setting is.
 """
 
+import difflib
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from tabulate import tabulate
 
 from ..data.inspection import split_table
@@ -34,8 +37,55 @@ FORMATS = ("png", "svg")
 # Detectron2 takes no 5 where it expects 5.0.
 OmegaConf.register_new_resolver("float", float, replace=True)
 OmegaConf.register_new_resolver(
-    "num_cells", lambda grid: math.prod(len(values) for values in grid.values()), replace=True
+    "num_cells", lambda grid: math.prod(len(_values(grid[axis])) for axis in grid), replace=True
 )
+
+# What a person adds to freely; all else has to be a key of the configs.
+_FREE = ("opts", "opts_by", "metrics", "bars", "config_of", "grid", "hydra")
+_KINDS = {int: "a whole number", bool: "true or false", dict: "a group of keys"}
+_TYPES = {"jobs": int, "report_only": bool} | dict.fromkeys(
+    ("data", "grid", "opts", "opts_by", "metrics"), dict
+)
+
+
+def check_settings(cfg: DictConfig, configs: Path) -> None:
+    """Refuses settings of a wrong type, and those that nothing reads.
+
+    Args:
+        cfg: composed by Hydra.
+        configs: folder of the experiments' configs.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    settings, known = _settings(cfg), _known_keys(configs)
+    text = OmegaConf.to_yaml(cfg)
+    for key, value in settings.items():
+        names = [f"{key}.{name}" for name in value] if isinstance(value, dict) else []
+        for name in () if key in _FREE else (key, *names):
+            if name not in known and f"${{{name}}}" not in text:
+                like = ", ".join(difflib.get_close_matches(name, known, 1))
+                raise ValueError(
+                    f"nothing reads the setting {name}" + (f"; like it is {like}." if like else ".")
+                )
+    for key, kind in _TYPES.items():
+        if not isinstance(settings[key], kind) or isinstance(settings[key], bool) != (kind is bool):
+            raise ValueError(f"{key} is {settings[key]!r}, expected {_KINDS[kind]}.")
+
+
+def _known_keys(configs: Path) -> list[str]:
+    known = {"cell", "hardware"}
+    for path in sorted(configs.rglob("*.yaml")):
+        prefix = "data." if path.parent.name == "data" else ""
+        for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            nested = (f"{prefix}{key}.{name}" for name in value) if isinstance(value, dict) else ()
+            known |= {prefix.rstrip("."), f"{prefix}{key}", *nested}
+    return sorted(known - {""})
+
+
+def _values(given) -> list:
+    """Values of an axis, of which a person may give one alone."""
+    return list(given) if isinstance(given, (list, ListConfig)) else [given]
 
 
 def build_cells(cfg: DictConfig) -> list[Cell]:
@@ -45,10 +95,22 @@ def build_cells(cfg: DictConfig) -> list[Cell]:
         cfg: composed by Hydra.
 
     Raises:
+        ValueError: if an axis' values are none for a folder's name, or make no difference.
         omegaconf.errors.OmegaConfBaseException: if a setting is missing or names an unknown one.
     """
-    axes = OmegaConf.to_container(cfg.grid, resolve=True)
-    cells = []
+    axes = {
+        axis: _values(given)
+        for axis, given in OmegaConf.to_container(cfg.grid, resolve=True).items()
+    }
+    for axis, values in axes.items():
+        names = [f"{value}" for value in values]
+        plain = all(re.fullmatch(r"\w[\w.+-]*", name) for name in names)
+        if not names or not plain or len(set(names)) < len(names):
+            raise ValueError(
+                f"grid.{axis} is {values}, expected different values, one or more, that are fit for"
+                " a folder's name."
+            )
+    cells: list[Cell] = []
     for values in itertools.product(*axes.values()) if axes else ():
         chosen = dict(zip(axes, values))
         one = OmegaConf.create({**_settings(cfg), **chosen})
@@ -63,6 +125,12 @@ def build_cells(cfg: DictConfig) -> list[Cell]:
         opts = flatten(OmegaConf.to_container(opts))
         config = Path(plain["configs"], plain["config"])
         cells.append(Cell(Path(plain["cells"], name), config, opts, chosen))
+        for other in cells[:-1]:
+            if (other.config, other.opts) == (config, opts):
+                raise ValueError(
+                    f"the cells {other.folder.name} and {name} are the same training: nothing reads"
+                    " what tells them apart."
+                )
     return cells
 
 
@@ -118,11 +186,8 @@ class ReportCallback(Callback):
     """Reports when Hydra's launcher has run all cells, and exits with 1 if one is not finished."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
-        try:
-            cells = build_cells(config)
-            print(report(config, cells))
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{config.experiment}: error: {error}") from error
+        cells = build_cells(config)
+        print(report(config, cells))
         if not all(cell.finished for cell in cells):
             raise SystemExit(1)
 

@@ -261,7 +261,35 @@ def test_table_1_counts_slices_and_patients(run, full_tree, tmp_path, capsys):
         ([], 2, "experiment: figure2, figure3, figure4, figure5, table1"),
         (["experiment=figure9"], 2, "experiment is 'figure9', expected one of figure2"),
         (["experiment=figure3", "data=own"], 2, "data.root is not given, expected data.root=VALUE"),
-        (["experiment=figure3"], 1, "You must specify 'data'"),
+        (["experiment=figure3"], 2, "You must specify 'data'"),
+        (["experiment=figure3", "data=mars"], 2, "Could not find 'data/mars'"),
+        (["experiment=figure3", "data=tree", "jbs=2"], 2, "Could not override 'jbs'"),
+        (["experiment=figure3", "data=tree", "+jbs=2"], 2, "nothing reads the setting jbs"),
+        (["experiment=figure3", "data=tree", "+foo.bar=1"], 2, "nothing reads the setting foo"),
+        (["experiment=figure3", "data=tree", "+data.rot=x"], 2, "like it is data.root"),
+        (["experiment=figure3", "data=tree", "+search.metrik=x"], 2, "like it is search.metric"),
+        (["experiment=figure3", "data=tree", "+hardwar=gpu"], 2, "like it is hardware"),
+        (
+            ["experiment=figure3", "data=tree", "jobs=two"],
+            2,
+            "jobs is 'two', expected a whole number",
+        ),
+        (["experiment=figure3", "data=tree", "report_only=maybe"], 2, "report_only is 'maybe'"),
+        (["experiment=figure3", "data=tree", "grid=5"], 2, "grid is 5, expected a group of keys"),
+        (["experiment=figure3", "data=tree", "grid.alpha=[]"], 2, "grid.alpha is []"),
+        (["experiment=figure3", "data=tree", "grid.alpha=[1,1]"], 2, "expected different values"),
+        (["experiment=figure3", "data=tree", "grid.alpha=[a/b]"], 2, "fit for a folder's name"),
+        (["experiment=figure3", "data=tree", "grid.alpha=[[1]]"], 2, "fit for a folder's name"),
+        (["experiment=figure3", "data=tree", "grid.alpha=big"], 2, "could not convert"),
+        (["experiment=figure3", "data=tree", "+grid.foo=[1,2]"], 2, "are the same training"),
+        (
+            ["experiment=figure3", "data=tree", "seeds=[x]"],
+            2,
+            "SEED is 'x', expected int, such as",
+        ),
+        (["experiment=figure3", "data=tree", "cell=99"], 2, "cell is 99, expected a number from"),
+        (["experiment=figure3", "data=tree", "++opts=5"], 2, "opts"),
+        (["experiment=figure3", "data=tree", "seeds=[0"], 2, "seeds=[0"),
         (["experiment=figure3", "data=nowhere"], 2, "there is no nowhere/ImageSets/Main/train.txt"),
         (["experiment=table1", "data=nowhere"], 2, "give its place by data.root=PATH"),
         (["experiment=figure3", "data=tree", "jobs=0"], 2, "jobs is 0, expected at least 1"),
@@ -275,6 +303,16 @@ def test_what_is_wrong_is_said(run, full_tree, tmp_path, capsys, argv, code, mes
     assert run(*argv, *places, *([f"output={tmp_path}"] if len(argv) > 1 else [])) == code
     output = capsys.readouterr()
     assert message in output.out + output.err
+    if code == 2 and argv:
+        assert len(output.err.splitlines()) == 1 and "Traceback" not in output.err
+        assert output.err.startswith("run_experiment.py: error: ")
+
+
+def test_one_value_alone_is_an_axis_of_one(tool, tmp_path):
+    with hydra.initialize_config_dir(str(tool.EXPERIMENTS), version_base="1.3"):
+        for given in ("grid.alpha=5", "grid.alpha=[5]"):
+            cells = build_cells(hydra.compose("figure3", ["data=phantom", given, "seeds=3"]))
+            assert [cell.folder.name for cell in cells] == ["alpha-5_seed-3"]
 
 
 def test_the_grids_are_the_papers(tool, full_tree, tmp_path):
