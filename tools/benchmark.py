@@ -31,31 +31,34 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
-import pydicom
-import torch
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
-from detectron2.utils.events import EventStorage
-from pydicom.pixels import apply_rescale
-from sklearn import metrics as sk
-from tabulate import tabulate
+from ich_det2.cli import guard, quiet_imports
 
-from ich_det2.anchors import Anchors
-from ich_det2.data import register_ich_datasets
-from ich_det2.data.cache import SliceCache
-from ich_det2.data.dicom import apply_window, read_hu, read_series, read_windowed
-from ich_det2.engine import IchTrainer
-from ich_det2.engine.anchors import anchor_settings
-from ich_det2.engine.checks import thaw_without_weights
-from ich_det2.engine.config import context_settings, load_config
-from ich_det2.evaluation.diagnosis import (
-    confusion_at_thresholds,
-    diagnosis_metrics,
-    group_scores,
-    roc_auc_score,
-)
-from ich_det2.evaluation.intervals import bootstrap_by_group
+with quiet_imports():
+    import numpy as np
+    import pydicom
+    import torch
+    from detectron2.modeling import build_model
+    from detectron2.structures import Boxes, Instances
+    from detectron2.utils.events import EventStorage
+    from pydicom.pixels import apply_rescale
+    from sklearn import metrics as sk
+    from tabulate import tabulate
+
+    from ich_det2.anchors import Anchors
+    from ich_det2.data import register_ich_datasets
+    from ich_det2.data.cache import SliceCache
+    from ich_det2.data.dicom import apply_window, read_hu, read_series, read_windowed
+    from ich_det2.engine import IchTrainer
+    from ich_det2.engine.anchors import anchor_settings
+    from ich_det2.engine.checks import thaw_without_weights
+    from ich_det2.engine.config import context_settings, load_config
+    from ich_det2.evaluation.diagnosis import (
+        confusion_at_thresholds,
+        diagnosis_metrics,
+        group_scores,
+        roc_auc_score,
+    )
+    from ich_det2.evaluation.intervals import bootstrap_by_group
 
 SIZES, RATIOS = [[32.0, 64.0, 128.0]], [[0.5, 1.0, 2.0]]
 # What glibc does with the memory of arrays of some megabytes; other C libraries do not read it.
@@ -451,12 +454,7 @@ def compare(seconds: dict[str, list[float]], base: str) -> list[list]:
 
 def main(argv=None) -> int:
     args = parse_args(argv)
-    try:
-        args.run(args)
-    except (OSError, ValueError) as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guard("benchmark.py", lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from .checkpoint import IchCheckpointer
 from .config import (
     class_count_key,
     context_settings,
+    differences,
     first_line,
     flatten,
     is_classifier,
@@ -100,17 +101,15 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     continues = checkpoint is not None and not eval_only
     if not eval_only:
         _check_training(cfg, num_processes)
+    trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
     if continues or eval_only:
-        trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
         if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS:
             _thaw(cfg)
     if continues:
         take_trained_anchors(cfg, run.path)
         run.check_continues(cfg)
     _check_data(cfg, eval_only)
-    if not continues:
-        defaults = flatten(load_config("", ["MODEL.DEVICE", "cpu"]))
-        check_read_keys(flatten(cfg), defaults, training=not eval_only)
+    _check_read(cfg, trained if continues or eval_only else None, training=not eval_only)
     if not eval_only:
         _check_best_metric(cfg)
     IchDatasetMapper(cfg, is_train=not eval_only)
@@ -140,6 +139,15 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         check_fits(model, cfg.MODEL.WEIGHTS, whole=eval_only)
     if eval_only:
         _place_evaluation(cfg, run, trained)
+
+
+def _check_read(cfg: CfgNode, trained: RunFolder | None, *, training: bool) -> None:
+    """Refuses keys that nothing reads, but for what a model was trained with before."""
+    flat, defaults = flatten(cfg), flatten(load_config("", ["MODEL.DEVICE", "cpu"]))
+    if trained is not None and trained.config.is_file():
+        new = differences(trained.read_config(), cfg)
+        defaults |= {key: value for key, value in flat.items() if key not in new}
+    check_read_keys(flat, defaults, training=training)
 
 
 def _place_evaluation(cfg: CfgNode, run: RunFolder, trained: RunFolder) -> None:

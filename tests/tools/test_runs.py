@@ -377,6 +377,36 @@ def test_a_folder_that_cannot_be_written_is_said(tree, run, tmp_path, capsys, fl
     assert "cannot be written; give another OUTPUT_DIR" in error_of(capsys)
 
 
+@pytest.mark.parametrize(
+    ("flags", "opts", "code"),
+    [
+        ((), ("INPUT.CROP.ENABLED", "True"), 2),
+        ((), ("TEST.AUG.ENABLED", "True"), 2),
+        (("--eval-only",), ("TEST.AUG.ENABLED", "True"), 2),
+        (("--resume",), ("INPUT.CROP.ENABLED", "True"), 2),
+        # It was trained so before such keys were refused.
+        (("--eval-only", "old"), ("INPUT.CROP.ENABLED", "True"), 0),
+        (("--resume", "old"), ("INPUT.CROP.ENABLED", "True"), 0),
+    ],
+)
+def test_keys_that_nothing_reads_are_refused_unless_a_model_was_trained_with_them(
+    run, tree, tmp_path, capsys, flags, opts, code
+):
+    if "old" in flags:
+        cfg = RunFolder(run).read_config()
+        cfg.INPUT.CROP.ENABLED = True
+        (run / "config.yaml").write_text(cfg.dump())
+    before = content(run)
+    out = run if flags else tmp_path / "out"
+    argv = [flag for flag in flags if flag.startswith("--")]
+    weights = ("MODEL.WEIGHTS", run / "model_best.pth") if "--eval-only" in argv else ()
+    assert call(tree, out, *argv, opts=(*opts, *weights)) == code
+    if code:
+        words = "False, not True" if "--resume" in argv else "is True, but nothing reads it"
+        assert f"{opts[0]} {words}" in error_of(capsys)
+        assert content(run) == before and not (tmp_path / "out").exists()
+
+
 # ---- checkpoints and classes -------------------------------------------------------------------
 
 
@@ -410,10 +440,8 @@ def test_damaged_weights_are_one_sentence(run, tree, tmp_path, capsys):
 def test_retinanet_has_as_many_classes_as_the_data(tree, tmp_path, capsys):
     base = tmp_path / "retinanet.yaml"
     base.write_text(
-        f'_BASE_: "{CONFIG}"\n'
+        f'_BASE_: "{ROOT}/configs/frcnn_effnet_lite0.yaml"\n'
         'MODEL: {META_ARCHITECTURE: "RetinaNet", RETINANET: {IN_FEATURES: ["stride16"]},'
-        ' PROPOSAL_GENERATOR: {NAME: "RPN"}, RPN: {HEAD_NAME: "StandardRPNHead"},'
-        ' ROI_HEADS: {NAME: "StandardROIHeads"},'
         " ANCHOR_GENERATOR: {SIZES: [[8.0, 16.0]], ASPECT_RATIOS: [[1.0]]}}\n"
     )
     cfg = load_config(base)
