@@ -397,9 +397,14 @@ def check_weights(weights: str, *, trained: bool) -> None:
         )
     if not weights:
         return
+    url = urlparse(weights)
+    if url.query not in ("", "matching_heuristics=True"):
+        raise ValueError(
+            f"MODEL.WEIGHTS is '{weights}', expected behind '?' nothing but"
+            " matching_heuristics=True, which finds tensors by the ends of their names."
+        )
     try:
-        # Without "?matching_heuristics=True", which tells Detectron2 how to load it.
-        path = PathManager.get_local_path(urlparse(weights)._replace(query="").geturl())
+        path = PathManager.get_local_path(url._replace(query="").geturl())
         if not Path(path).is_file():
             raise FileNotFoundError("there is no such file")
     except Exception as error:  # a download raises whatever its transport raises
