@@ -4,6 +4,7 @@ import csv
 import fcntl
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -55,7 +56,12 @@ def run(tool, monkeypatch):
             tool.main()
         except SystemExit as end:
             return end.code
+        finally:  # Hydra's "disabled" logging would keep the tree's findings from the terminal.
+            assert not [n for n in loggers() if logging.getLogger(n).disabled]
         return 0
+
+    def loggers():
+        return [name for name in logging.root.manager.loggerDict if name.startswith("ich_det2")]
 
     return run
 
