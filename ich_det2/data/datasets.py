@@ -41,9 +41,7 @@ def register_ich_voc(
     DatasetCatalog.register(
         name, lambda: load_ich_voc(root, split, classes, context=context, by_name=by_name)
     )
-    MetadataCatalog.get(name).set(
-        thing_classes=list(classes), ich_root=str(root), split=split, evaluator_type="ich"
-    )
+    MetadataCatalog.get(name).set(thing_classes=list(classes), split=split)
 
 
 def register_ich_datasets(

@@ -35,3 +35,14 @@ def patients_of(
     An image of no known patient is a patient of its own.
     """
     return {str(d.get("patient_id", d["file_name"])): name for name in datasets for d in read(name)}
+
+
+def share_images(first: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether an image is in both of two groups of data sets, whatever these are called."""
+    if set(first) & set(other):
+        return True
+    files, others = (
+        {d["file_name"] for name in names for d in DatasetCatalog.get(name)}
+        for names in (first, other)
+    )
+    return bool(files & others)

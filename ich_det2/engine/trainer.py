@@ -20,6 +20,7 @@ from .checkpoint import IchCheckpointer
 from .config import is_classifier
 from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
 from .operating_point import choose_operating_point
+from .partitions import share_images
 from .report import write_reports
 from .resume import ResumableLoader, seed_generators
 from .run_folder import RunFolder
@@ -214,7 +215,7 @@ class IchTrainer(DefaultTrainer):
         self.checkpointer.load(str(best), checkpointables=[])
         cfg, point = self.cfg.clone(), None
         cfg.defrost()
-        if set(cfg.DATASETS.VAL) & set(cfg.DATASETS.TEST):
+        if share_images(cfg.DATASETS.VAL, cfg.DATASETS.TEST):
             logger.warning(
                 "DATASETS.VAL is tested on too: no operating point is chosen on it,"
                 " OPERATING_THRESHOLD is used."

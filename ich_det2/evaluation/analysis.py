@@ -1,5 +1,9 @@
 """Every number of an evaluation, with intervals over patients, from stored predictions.
 
+A level is what is diagnosed: an image or a patient; its cases are all of them. A patient rule leads
+from the images' scores to the patient's (``diagnosis.patient_scores``); the rule that chooses a
+threshold is ``operating_point.Rule``.
+
 Shape glossary: M images, P patients.
 """
 
@@ -67,16 +71,19 @@ class Settings:
     seed: int = 0
 
 
-Level = tuple[np.ndarray, np.ndarray, Sequence[str]]
+Cases = tuple[np.ndarray, np.ndarray, Sequence[str]]
+"""Labels, scores, and the patient of each."""
 
 METHOD = "expanded percentiles (Hesterberg 2015) of patients drawn with replacement"
 """Of the intervals, see ``bootstrap_by_group``."""
 
 
-def levels_of(predictions: Predictions, rule: str) -> dict[str, Level]:
-    """Labels, scores and patients of the images and, by a rule, of the patients."""
+def levels_of(predictions: Predictions, patient_rule: str) -> dict[str, Cases]:
+    """The cases of both levels: "image" and, by a patient rule, "patient"."""
     y_true, y_score = predictions.labels, predictions.scores
-    names, patient_true, patient_score = group_scores(predictions.patients, y_true, y_score, rule)
+    names, patient_true, patient_score = group_scores(
+        predictions.patients, y_true, y_score, patient_rule
+    )
     return {
         "image": (y_true, y_score, predictions.patients),
         "patient": (patient_true, patient_score, names),
@@ -134,7 +141,7 @@ def analyse(
 
     Args:
         predictions: of one dataset.
-        settings: how.
+        settings: thresholds, costs and rules to judge them by.
         temperature: of the calibration, fitted on other images.
 
     Returns:
@@ -157,7 +164,7 @@ def analyse(
             "seed": settings.seed,
         },
         "patient_rule": rule,
-        "levels": {name: _with_intervals(level, settings) for name, level in levels.items()},
+        "levels": {name: _with_intervals(cases, settings) for name, cases in levels.items()},
         "thresholds": threshold_rows(predictions, settings),
         "patient_rules": {
             rule: _with_intervals(levels_of(predictions, rule)["patient"], settings)
@@ -169,8 +176,8 @@ def analyse(
     }
 
 
-def _with_intervals(level: Level, settings: Settings) -> dict:
-    y_true, y_score, patients = level
+def _with_intervals(cases: Cases, settings: Settings) -> dict:
+    y_true, y_score, patients = cases
     summary = summarize(
         y_true, y_score, settings.operating_threshold, cost_ratio=settings.cost_ratio
     )
@@ -208,7 +215,7 @@ def _wilson(hits: np.ndarray, cases: np.ndarray, patients: Sequence[str]) -> lis
     return wilson_by_group(hits, cases, patients).tolist()
 
 
-def _types(predictions: Predictions, levels: dict[str, Level], settings: Settings) -> dict:
+def _types(predictions: Predictions, levels: dict[str, Cases], settings: Settings) -> dict:
     """Recall of each hemorrhage type at the operating threshold, by level."""
     if predictions.types is None:
         return {}
@@ -267,7 +274,7 @@ def _lesions(predictions: Predictions, settings: Settings) -> dict | None:
     return result
 
 
-def _calibration(levels: dict[str, Level], temperature: float | None) -> dict | None:
+def _calibration(levels: dict[str, Cases], temperature: float | None) -> dict | None:
     result = {}
     for name, (y_true, y_score, _) in levels.items():
         if not ((y_score >= 0) & (y_score <= 1)).all():

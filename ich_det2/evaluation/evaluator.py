@@ -170,7 +170,7 @@ def write_evaluation(folder: Path, predictions: Predictions, settings: Settings)
     Args:
         folder: made if need be.
         predictions: of the dataset.
-        settings: how they are evaluated.
+        settings: thresholds, costs and rules to judge them by.
 
     Returns:
         The summary, of ``summaries``.

@@ -33,7 +33,7 @@ def plot_thresholds(table: Sequence[dict], operating_threshold: float, target: T
     Args:
         table: rows of ``diagnosis_table`` of one or more levels.
         operating_threshold: drawn as a vertical line.
-        target: where.
+        target: path of a PNG or SVG file, or an open binary file that takes an SVG.
     """
     levels = list(dict.fromkeys(row["level"] for row in table))
     figure, axes = new_figure(len(levels))
@@ -56,7 +56,7 @@ def plot_roc(
     Args:
         levels: name -> (y_true, y_score).
         operating_threshold: drawn as a dot on each curve; one for all, or by name.
-        target: where.
+        target: path of a PNG or SVG file, or an open binary file that takes an SVG.
     """
     figure, (ax,) = new_figure(1)
     for level, (y_true, y_score) in levels.items():
@@ -104,7 +104,7 @@ def plot_froc(curves: dict[str, tuple], target: Target) -> None:
 
     Args:
         curves: name -> (false positives a scan, sensitivity).
-        target: where.
+        target: path of a PNG or SVG file, or an open binary file that takes an SVG.
     """
     figure, (ax,) = new_figure(1)
     for name, (false_positives, sensitivity) in curves.items():
@@ -124,7 +124,7 @@ def plot_calibration(forms: dict[str, dict], target: Target) -> None:
 
     Args:
         forms: name -> bins of ``reliability``.
-        target: where.
+        target: path of a PNG or SVG file, or an open binary file that takes an SVG.
     """
     figure, (ax,) = new_figure(1)
     ax.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
@@ -149,7 +149,7 @@ def plot_training(rows: Sequence[dict], target: Target) -> None:
 
     Args:
         rows: of metrics.json, with "iteration" and "rpn/..." scalars.
-        target: where.
+        target: path of a PNG or SVG file, or an open binary file that takes an SVG.
     """
     figure, axes = new_figure(2)
     panels = (
@@ -173,16 +173,18 @@ def plot_history(history: Sequence[dict], target: Target) -> None:
 
     Args:
         history: rows with "iteration" and metrics in [0, 1] or, under "bbox/", in percent.
-        target: where.
+        target: path of a PNG or SVG file, or an open binary file that takes an SVG.
     """
     figure, axes = new_figure(2)
     diagnosis = ("image_auc", "patient_auc", "image_recall", "image_specificity")
     panels = ({f"diagnosis/{key}": 1 for key in diagnosis}, {"bbox/AP50": 100, "bbox/AP": 100})
     for ax, scales in zip(axes, panels):
         for key, scale in scales.items():
-            points = [(r["iteration"], r[key] / scale) for r in history if key in r]
-            if points:
-                ax.plot(*zip(*points), marker=".", label=key)
+            # Of several data sets each has its name in front.
+            names = dict.fromkeys(n for r in history for n in r if f"/{n}".endswith(f"/{key}"))
+            for name in names:
+                points = [(r["iteration"], r[name] / scale) for r in history if name in r]
+                ax.plot(*zip(*points), marker=".", label=name)
         ax.set(xlabel="iteration", ylim=(-0.02, 1.02))
         ax.grid(alpha=0.3)
         if ax.lines:

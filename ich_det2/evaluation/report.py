@@ -37,7 +37,8 @@ class Model:
     Attributes:
         name: unique in a report.
         predictions: on the dataset.
-        settings: how they are evaluated, with the model's operating threshold.
+        settings: thresholds, costs and rules to judge them by, the model's operating threshold
+            among them.
         point: where that comes from, if it was chosen on validation.
         facts: what the training run answers of the checklists, by ``checklist``'s names.
         history: the validations in training, rows with "iteration".

@@ -20,7 +20,7 @@ def plot_bars(
         rows: of trainings, see ``experiments.results``.
         axes: the first makes the groups, the others the bars within.
         panels: title -> name of a metric.
-        target: where.
+        target: path of a PNG or SVG file.
     """
     figure, panels_axes = new_figure(len(panels))
     first, *others = (axis for axis in axes if axis != SEED)
@@ -67,7 +67,7 @@ def plot_search(
         axis: name of the value, above 0.
         panels: title -> name of a metric.
         picked: the value to mark; None marks none.
-        target: where.
+        target: path of a PNG or SVG file.
     """
     figure, panels_axes = new_figure(len(panels))
     of_value = {value: same for (value,), same in sorted(groups_of(rows, [axis]).items())}
@@ -97,7 +97,7 @@ def plot_curves(rows: Sequence[dict], panels: Sequence[str], target: Target) -> 
     Args:
         rows: of ``threshold_curves``.
         panels: metrics.
-        target: where.
+        target: path of a PNG or SVG file.
     """
     figure, panels_axes = new_figure(len(panels), width=5.0)
     for ax, metric in zip(panels_axes, panels):
@@ -123,7 +123,7 @@ def plot_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], names, targe
     Args:
         rows: title and one RGB picture for each name.
         names: of the columns.
-        target: where.
+        target: path of a PNG or SVG file.
     """
     flat = [
         (f"{name}\n{title}", picture)

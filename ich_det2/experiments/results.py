@@ -67,7 +67,7 @@ def select(rows: Sequence[Row], axis: str, metric: str) -> dict:
 
     Args:
         rows: one for each training.
-        axis: name.
+        axis: name of the searched setting, a key of the rows.
         metric: name, larger is better.
 
     Returns:
@@ -97,7 +97,7 @@ def threshold_curves(
 
     Args:
         runs: name -> predictions of its trainings.
-        thresholds: scores.
+        thresholds: scores from which an image is called positive.
         metrics: names in ``diagnosis.METRICS``; a precision without positive calls is left out.
 
     Returns:

@@ -16,6 +16,7 @@ from ich_det2.evaluation.boxes import (
     COCO_IOUS,
     average_precision,
     box_recall,
+    coco_precision,
     voc_average_precision,
 )
 
@@ -73,6 +74,15 @@ def test_coco_ap_equals_pycocotools(seed):
         ap, abs=1e-6
     )
     assert average_precision(predicted, true, iou_threshold=0.5) == pytest.approx(ap50, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_run_gives_the_ap_of_each_iou_to_the_last_bit(seed):
+    predicted, true = some_boxes(seed)
+    precision = coco_precision(predicted, true)
+    for row, iou in zip(precision, COCO_IOUS, strict=True):
+        assert row.mean() == average_precision(predicted, true, iou_threshold=iou)
+    assert precision.mean() == average_precision(predicted, true, iou_threshold=COCO_IOUS)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
-from ich_det2.evaluation import DiagnosisEvaluator
+from ich_det2.evaluation import DiagnosisEvaluator, boxes
 from ich_det2.evaluation.diagnosis import METRICS
 from ich_det2.evaluation.evaluator import format_summary
 
@@ -200,3 +200,24 @@ def test_an_image_score_goes_before_boxes_and_needs_none(make, tmp_path):
     assert {row[0]: float(row[4]) for row in rows} == {
         "a": 0.2, "b": 0.9, "c": 0.1, "d": 0.4, "e": 0.6
     }  # fmt: skip
+
+
+def test_coco_ap_is_computed_once_for_a_validation(make, monkeypatch):
+    runs, evaluate = [], boxes.COCOeval.evaluate
+    monkeypatch.setattr(
+        boxes.COCOeval, "evaluate", lambda self: (runs.append(self), evaluate(self))[1]
+    )
+    truth = [
+        {"image_id": i, "annotations": [{"bbox": [1, 1, 6, 6], "bbox_mode": 0, "category_id": 0}]}
+        for i in "ab"
+    ]
+    evaluator = make(truth=truth)
+    for image in "ab":
+        x = {"image_id": image, "file_name": f"{image}.png"}
+        found = Instances((8, 8), scores=torch.tensor([0.9]))
+        found.pred_boxes = Boxes(torch.tensor([[1.0, 1, 6, 6]]))
+        evaluator.process([x], [{"instances": found}])
+    values = evaluator.evaluate()["diagnosis"]
+    assert values["lesion_coco_ap"] == values["lesion_coco_ap50"] == 1
+    assert values["image_recall"] == 1  # without "image_label", by the true boxes
+    assert len(runs) == 1

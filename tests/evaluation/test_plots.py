@@ -91,6 +91,12 @@ def test_history_shows_each_metric_over_iterations(tmp_path, axes):
     assert set(diagnosis) == {"diagnosis/image_auc"}
 
 
+def test_history_shows_several_data_sets(tmp_path, axes):
+    keys = [f"ich_{name}/diagnosis/image_auc" for name in ("val", "other")]
+    plot_history([{"iteration": 10, **dict.fromkeys(keys, 0.5)}], tmp_path / "h.png")
+    assert [line.get_label() for line in axes[0].lines] == keys
+
+
 def test_history_without_metrics_is_no_error(tmp_path, axes):
     plot_history([{"iteration": 100}], tmp_path / "h.png")
     assert_picture(tmp_path / "h.png")

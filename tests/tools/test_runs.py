@@ -510,3 +510,22 @@ def test_the_report_says_who_was_trained_and_selected_on(run, tree, opts, words)
     assert re.search(words, answers["CLAIM", "21"])
     if opts[0] == "DATASETS.TEST":
         assert answers["CLAIM", "21"].startswith("Not by patient: ")
+
+
+def test_no_threshold_is_chosen_on_what_is_tested_on(tree, tmp_path, capsys):
+    register_ich_voc("by_another_name", tree, "val")
+    opts = ("DATASETS.TEST", "('by_another_name',)", "SOLVER.MAX_ITER", 2)
+    opts += ("TEST.DIAGNOSIS.OPERATING_POINT.RULE", "youden")
+    assert call(tree, tmp_path / "out", opts=opts) == 0
+    assert "DATASETS.VAL and DATASETS.TEST share patients" in capsys.readouterr().err
+    assert not (tmp_path / "out/operating_point.json").exists()
+
+
+def test_several_validation_sets_are_selected_on_by_name(tree, tmp_path):
+    opts = ("DATASETS.VAL", "('ich_val', 'ich_train')", "SOLVER.MAX_ITER", 2)
+    opts += ("TEST.DIAGNOSIS.BEST_METRIC", "ich_train/diagnosis/image_auc")
+    assert call(tree, tmp_path / "out", opts=opts) == 0
+    best = json.loads((tmp_path / "out/model_best.json").read_text())
+    assert best["metric"] == "ich_train/diagnosis/image_auc"
+    point = json.loads((tmp_path / "out/operating_point.json").read_text())
+    assert point["dataset"] == "ich_val, ich_train"
