@@ -1,5 +1,6 @@
 """Small things that several tests need: a config, a CT slice on disk, a VOC tree."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,18 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz-examples", type=int, default=60, help="mutated files of each kind in test_fuzz.py"
     )
+
+
+@pytest.fixture(autouse=True)
+def loggers():
+    """Takes back what a training in this process does to the loggers, which print to its stdout."""
+    changed = [logging.getLogger(name) for name in ("detectron2", "fvcore", "ich_det2")]
+    before = [(logger, logger.level, logger.propagate, logger.handlers[:]) for logger in changed]
+    yield
+    for logger, level, propagate, handlers in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture
