@@ -148,6 +148,10 @@ def add_ich_config(cfg: CfgNode) -> None:
     # From slices to the patient: any, at_least_<m> (slices), top_<k>_mean (of scores), noisy_or.
     # The first makes the diagnosis, the others are reported beside it.
     cfg.TEST.DIAGNOSIS.PATIENT_RULES = ["any", "at_least_2", "top_3_mean", "noisy_or"]
+    # Weights of a slice's neighbours along the series and of its own score, in the middle: an odd
+    # number of them, of sum 1, such as [0.25, 0.5, 0.25]. The mean is the score that slices and
+    # patients are diagnosed by, in evaluation and diagnosis; boxes keep theirs. []: off.
+    cfg.TEST.DIAGNOSIS.SMOOTHING = []
     cfg.TEST.DIAGNOSIS.OPERATING_POINT = CN()
     # How the best model's threshold is chosen on DATASETS.VAL, before DATASETS.TEST is touched:
     # fixed (OPERATING_THRESHOLD), recall, youden, f2 or cost. It is written to

@@ -44,6 +44,7 @@ PURE = {
     "ich_det2.evaluation.intervals",
     "ich_det2.evaluation.operating_point",
     "ich_det2.evaluation.predictions",
+    "ich_det2.evaluation.smoothing",
     "ich_det2.files",
     "ich_det2.lazy",
     "ich_det2.modeling.cost",

@@ -8,7 +8,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from .context import find_context
+from .context import find_context, find_places
 from .dicom import check_dicom
 from .pictures import check_picture, is_picture
 from .tree import SPLITS, VocTree, image_size
@@ -84,8 +84,9 @@ def load_ich_voc(
         Dataset dicts in the list's order: ``file_name``, ``image_id`` (the file's stem),
         ``patient_id``, ``study_id``, ``height``, ``width``, ``annotations`` (empty for a healthy
         slice; boxes XYXY_ABS, 0-based pixel edges), ``image_label`` (what
-        ``labels.csv`` says, else 1 if there is a box); with
-        context ``context_files``, pairs of file name and None, see :func:`find_context`.
+        ``labels.csv`` says, else 1 if there is a box); where the place is known ``series`` and
+        ``position_mm``, see :func:`find_places`; with context ``context_files``, pairs of file name
+        and None, see :func:`find_context`.
 
     Raises:
         FileNotFoundError: if the root, the list, or an image or annotation is not there.
@@ -100,6 +101,7 @@ def load_ich_voc(
     tree = VocTree(root)
     image_ids = tree.read_list(split)
     beside = find_context(tree, context, by_name=by_name) if context else {}
+    places = find_places(tree, image_ids, by_name=by_name)
     dicts = []
     for image_id in image_ids:
         try:
@@ -135,6 +137,8 @@ def load_ich_voc(
                 "image_label": tree.labels.get(image_id, int(len(annotations) > 0)),
             }
         )
+        if image_id in places:
+            dicts[-1]["series"], dicts[-1]["position_mm"] = places[image_id]
         if context:
             dicts[-1]["context_files"] = [(str(tree.images[i]), None) for i in beside[image_id]]
     if not tree.patients and all(d["patient_id"] == d["image_id"] for d in dicts):

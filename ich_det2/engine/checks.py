@@ -1,6 +1,7 @@
 """The checks of a run, before anything is written."""
 
 import difflib
+import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -277,6 +278,10 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
         read[name] = DatasetCatalog.get(name)
         check_images(read[name])
         _check_classes(cfg, name)
+    if cfg.TEST.DIAGNOSIS.SMOOTHING:
+        scored = (cfg.DATASETS[role] for role in roles if role != "TRAIN")
+        for name in dict.fromkeys(itertools.chain(*scored)):
+            _check_places(name, read[name])
     for first, other, shared in overlaps(cfg, roles, read.__getitem__):
         patient = min(shared)
         logger.warning(
@@ -294,6 +299,23 @@ def _check_classes(cfg: CfgNode, name: str) -> None:
         raise ValueError(
             f"{key} is {flatten(cfg)[key]}, but data set '{name}' has {len(classes)} classes"
             f" {list(classes)}{whose}; give as many, or leave {key} out."
+        )
+
+
+def _check_places(name: str, dicts: Sequence[dict]) -> None:
+    unknown = [d["file_name"] for d in dicts if "position_mm" not in d]
+    if len(unknown) == len(dicts):
+        raise ValueError(
+            f"TEST.DIAGNOSIS.SMOOTHING is set, but data set '{name}' does not say where in its"
+            f" series a slice lies, e.g. {unknown[0]}; DICOM has Image Position (Patient)"
+            " (0020,0032), for PNG and JPEG add the columns series and position_mm to patients.csv,"
+            " or set TEST.DIAGNOSIS.SMOOTHING []."
+        )
+    if unknown:
+        logger.warning(
+            "%s: the place of %d of %d slices is not known, e.g. of %s: TEST.DIAGNOSIS.SMOOTHING"
+            " leaves their scores as they are.",
+            *(name, len(unknown), len(dicts), unknown[0]),
         )
 
 

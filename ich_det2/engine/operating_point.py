@@ -10,6 +10,7 @@ from ..evaluation.diagnosis import parse_rule
 from ..evaluation.evaluator import write_evaluation
 from ..evaluation.operating_point import OperatingPoint, Rule
 from ..evaluation.predictions import Predictions, read_predictions
+from ..evaluation.smoothing import check_weights
 from ..files import sha256
 from .run_folder import RunFolder
 
@@ -38,6 +39,11 @@ def check_operating_point(cfg: CfgNode) -> None:
             parse_rule(rule)
     except ValueError as error:
         raise ValueError(f"TEST.DIAGNOSIS.PATIENT_RULES is {list(rules)}: {error}") from error
+    try:
+        if smoothing := list(cfg.TEST.DIAGNOSIS.SMOOTHING):
+            check_weights(smoothing)
+    except ValueError as error:
+        raise ValueError(f"TEST.DIAGNOSIS.SMOOTHING: {error}") from error
 
 
 def build_settings(cfg: CfgNode) -> Settings:

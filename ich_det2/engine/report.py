@@ -74,7 +74,7 @@ def training_facts(cfg: CfgNode, trained: RunFolder) -> dict[str, str]:
     facts = {
         "preprocessing": f"Windows (level, width in HU) {_plain(cfg.INPUT.WINDOWS)}; shorter side"
         f" resized to {cfg.INPUT.MIN_SIZE_TEST} pixels.",
-        "model": f"{_model(cfg)} All parameters: {trained.config.name}.",
+        "model": f"{_model(cfg)}{_smoothing(cfg)} All parameters: {trained.config.name}.",
         "software": ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
     }
     if not trained.config.is_file() or trained.evaluation.is_file():
@@ -150,6 +150,13 @@ def _model(cfg: CfgNode) -> str:
         f" {_plain(model.ANCHOR_GENERATOR.ASPECT_RATIOS)}; an image is positive if a box scores at"
         " least the threshold."
     )
+
+
+def _smoothing(cfg: CfgNode) -> str:
+    weights = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
+    if not weights:
+        return ""
+    return f" An image's score is the mean over its neighbours in the series, weighted {weights}."
 
 
 def _plain(value) -> str:

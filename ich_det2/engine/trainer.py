@@ -167,6 +167,7 @@ class IchTrainer(DefaultTrainer):
             operating_threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
             cost_ratio=cfg.TEST.DIAGNOSIS.COST_RATIO,
             patient_rule=cfg.TEST.DIAGNOSIS.PATIENT_RULES[0],
+            smoothing=cfg.TEST.DIAGNOSIS.SMOOTHING,
             truth=DatasetCatalog.get(dataset_name),
             output_dir=output_dir,
         )

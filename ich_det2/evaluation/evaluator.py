@@ -16,6 +16,7 @@ from .analysis import Settings, levels_of, summaries, threshold_rows
 from .diagnosis import COST_RATIO, METRICS
 from .plots import plot_roc, plot_thresholds
 from .predictions import Predictions, write_predictions
+from .smoothing import check_weights, smooth_scores
 
 DIAGNOSIS = "diagnosis.json"
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -36,6 +37,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
         operating_threshold: float,
         cost_ratio: float = COST_RATIO,
         patient_rule: str = "any",
+        smoothing: Sequence[float] = (),
         truth: Sequence[dict] | None = None,
         output_dir=None,
         distributed: bool = True,
@@ -46,6 +48,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
             operating_threshold: an image or patient scored at least this is called positive.
             cost_ratio: cost of a missed bleed, in false alarms.
             patient_rule: of ``patient_scores``.
+            smoothing: weights of ``smooth_scores``, by which images and patients are diagnosed;
+                none leaves the scores as they are. Boxes keep theirs.
             truth: dataset dicts with the true boxes ("annotations"; a "type" if known), for the
                 numbers of lesions; None does without.
             output_dir: folder for the files; None writes none.
@@ -54,6 +58,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
         self.settings = Settings(
             thresholds, operating_threshold, cost_ratio=cost_ratio, patient_rules=(patient_rule,)
         )
+        self.smoothing = check_weights(smoothing) if len(smoothing) else None
         self.truth = None if truth is None else {str(d["image_id"]): d for d in truth}
         self.output_dir = Path(output_dir) if output_dir else None
         self.distributed = distributed
@@ -66,7 +71,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: mapped dataset dicts, with "image_label"; without it, an image is positive if
-                the truth has a box.
+                the truth has a box. For smoothing, "series" and "position_mm"; without them, an
+                image keeps its score.
             outputs: dicts with "image_score", or with "instances" that have "scores", of which the
                 highest is the image's, and, for lesions, "pred_boxes".
         """
@@ -84,7 +90,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
             patient, label = str(x.get("patient_id", image)), x.get("image_label")
             if label is None:
                 label = int(len((self.truth or {image: {}})[image].get("annotations", [])) > 0)
-            self._rows.append((image, patient, x["file_name"], label, score, boxes))
+            place = x.get("series"), x.get("position_mm", np.nan)
+            self._rows.append((image, patient, x["file_name"], label, score, boxes, *place))
 
     def evaluate(self) -> dict:
         """
@@ -93,7 +100,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
             the main process, elsewhere an empty dict.
 
         Raises:
-            ValueError: if no image was processed, or a score is NaN.
+            ValueError: if no image was processed, a score is NaN, or scores are to be smoothed and
+                no image's place is known.
         """
         rows = self._rows
         if self.distributed:
@@ -116,7 +124,11 @@ class DiagnosisEvaluator(DatasetEvaluator):
     def _predictions(self, rows: list[tuple]) -> Predictions:
         # The samplers of several processes may hand an image out twice.
         rows = sorted({row[0]: row for row in rows}.values(), key=lambda row: row[0])
-        images, patients, files, labels, scores, boxes = zip(*rows) if rows else [()] * 6
+        columns = zip(*rows) if rows else [()] * 8
+        images, patients, files, labels, scores, boxes, series, positions = columns
+        scores, raw_scores = np.array(scores, dtype=float), None
+        if self.smoothing is not None:
+            raw_scores, scores = scores, self._smooth(scores, patients, series, positions)
         true_boxes = types = None
         if self.truth is not None:
             annotations = [self.truth[image].get("annotations", []) for image in images]
@@ -131,11 +143,20 @@ class DiagnosisEvaluator(DatasetEvaluator):
         return Predictions(
             *(list(images), list(patients), list(map(str, files))),
             labels=np.array(labels, dtype=int),
-            scores=np.array(scores, dtype=float),
+            scores=scores,
             boxes=None if any(entry is None for entry in boxes) else list(boxes),
             true_boxes=true_boxes,
             types=types,
+            raw_scores=raw_scores,
         )
+
+    def _smooth(self, scores, patients, series, positions) -> np.ndarray:
+        if len(scores) and np.isnan(positions).all():
+            raise ValueError(
+                "smoothing needs the place of each image in its series, got none; expected"
+                ' "series" and "position_mm" in the dataset dicts.'
+            )
+        return smooth_scores(scores, [*zip(patients, series)], positions, self.smoothing)
 
 
 def _metrics(summary: dict[str, dict]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from .froc import HITS, froc_curve, match_detections
 
 SCORES, LESIONS, RESULTS = "image_scores.csv", "lesions.csv", "coco_instances_results.json"
 SCORE_FIELDS = ("image_id", "file_name", "patient_id", "label", "score")
+RAW_SCORE = "raw_score"
 LESION_FIELDS = ("image_id", "patient_id", "type", "x", "y", "width", "height")
 
 
@@ -32,10 +33,12 @@ class Predictions:
         image_ids, patients: M names each.
         files: M paths or bare names of the images.
         labels: int (M,), 1 hemorrhage, 0 none.
-        scores: float64 (M,); a detector's highest box score, 0 without boxes.
+        scores: float64 (M,), by which images are diagnosed; a detector's highest box score, 0
+            without boxes, or these smoothed.
         boxes: M arrays (D, 5): score, x, y, width, height; None if only the scores are known.
         true_boxes: M arrays (G, 4); None if only the labels are known.
         types: M lists of the names of the G types; None as ``true_boxes``.
+        raw_scores: float64 (M,), the scores before smoothing; None if they are not smoothed.
 
     Raises:
         ValueError: if there is no image, an image is there twice, or a score is not a number.
@@ -49,6 +52,7 @@ class Predictions:
     boxes: list[np.ndarray] | None = None
     true_boxes: list[np.ndarray] | None = None
     types: list[list[str]] | None = None
+    raw_scores: np.ndarray | None = None
 
     def __post_init__(self):
         if not self.image_ids:
@@ -90,21 +94,24 @@ class Predictions:
             *map(pick, (self.image_ids, self.patients, self.files)),
             *(self.labels[order], self.scores[order]),
             *map(pick, (self.boxes, self.true_boxes, self.types)),
+            raw_scores=None if self.raw_scores is None else self.raw_scores[order],
         )
 
     @classmethod
     def joined(cls, parts: Sequence["Predictions"]) -> "Predictions":
-        """Several datasets as one; boxes only if all have them."""
+        """Several datasets as one; boxes and raw scores only if all have them."""
 
         def chain(name):
             values = [getattr(part, name) for part in parts]
             return None if any(v is None for v in values) else list(itertools.chain(*values))
 
         names = ("image_ids", "patients", "files", "boxes", "true_boxes", "types")
+        raw_scores = chain("raw_scores")
         return cls(
             **{name: chain(name) for name in names},
             labels=np.concatenate([part.labels for part in parts]),
             scores=np.concatenate([part.scores for part in parts]),
+            raw_scores=None if raw_scores is None else np.array(raw_scores),
         )
 
 
@@ -112,7 +119,10 @@ class Predictions:
 
 
 def write_predictions(predictions: Predictions, folder: Path) -> None:
-    """Writes ``image_scores.csv`` and, where true boxes are known, ``lesions.csv``."""
+    """Writes ``image_scores.csv`` and, where true boxes are known, ``lesions.csv``.
+
+    Smoothed scores have the raw ones in a last column.
+    """
     columns = (predictions.image_ids, predictions.files, predictions.patients)
     rows = [
         dict(zip(SCORE_FIELDS, (image, Path(file).name, patient, int(label), float(score))))
@@ -120,7 +130,11 @@ def write_predictions(predictions: Predictions, folder: Path) -> None:
             *columns, predictions.labels, predictions.scores
         )
     ]
-    write_csv(folder / SCORES, SCORE_FIELDS, rows)
+    fields = SCORE_FIELDS
+    if predictions.raw_scores is not None:
+        fields = (*SCORE_FIELDS, RAW_SCORE)
+        rows = [row | {RAW_SCORE: float(raw)} for row, raw in zip(rows, predictions.raw_scores)]
+    write_csv(folder / SCORES, fields, rows)
     if predictions.true_boxes is not None:
         rows = [
             dict(zip(LESION_FIELDS, (image, patient, name, *map(float, box))))
@@ -170,6 +184,7 @@ def read_predictions(
     try:
         labels = np.array([int(row["label"]) for row in rows], dtype=int)
         scores = np.array([float(row["score"]) for row in rows], dtype=float)
+        raw = [float(row[RAW_SCORE]) for row in rows if RAW_SCORE in row]
     except ValueError as error:
         raise ValueError(f"{table}: {error}; expected label 0 or 1 and a number.") from error
     if not np.isin(labels, (0, 1)).all():
@@ -193,6 +208,7 @@ def read_predictions(
         return Predictions(
             *(ids, [known.get(row["image_id"], row["patient_id"]) for row in rows], paths),
             *(labels, scores, boxes, true_boxes, types),
+            raw_scores=np.array(raw) if raw else None,
         )
     except ValueError as error:
         raise ValueError(f"{table}: {error}") from error

@@ -1,10 +1,15 @@
 """Diagnose files with a trained model, from Python."""
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from ..evaluation.smoothing import smooth_scores
 from .diagnoser import Detections, Diagnoser
 from .results import (
     Diagnosis,
@@ -114,4 +119,27 @@ def _detect(
                         identity=entry.identity,
                     )
                 )
+    if model.smoothing:
+        results = _smooth(results, slices, model.smoothing, threshold)
     return results, failed
+
+
+def _smooth(
+    results: Sequence[SliceDiagnosis],
+    slices: Sequence[Slice],
+    weights: Sequence[float],
+    threshold: float,
+) -> list[SliceDiagnosis]:
+    """Diagnoses by scores smoothed within each series; slices without one were not read."""
+    raw = {(s.source.path, s.source.frame): s.score for s in results}
+    smoothed = smooth_scores(
+        [raw.get((entry.path, entry.frame), math.nan) for entry in slices],
+        [(entry.patient, entry.series) for entry in slices],
+        [entry.position_mm for entry in slices],
+        weights,
+    )
+    # The results are in the order of the slices.
+    return [
+        replace(s, score=score, verdict=verdict(score, threshold), raw_score=s.score)
+        for s, score in zip(results, smoothed[~np.isnan(smoothed)].tolist(), strict=True)
+    ]

@@ -108,6 +108,7 @@ class Diagnoser:
         classes: Sequence[str] = ("hemorrhage",),
         threshold: float = 0.5,
         patient_rule: str = "any",
+        smoothing: Sequence[float] = (),
         context: dict | None = None,
         facts: dict | None = None,
     ):
@@ -119,6 +120,7 @@ class Diagnoser:
             classes: names of the model's classes.
             threshold: of its operating point.
             patient_rule: see ``patient_scores``.
+            smoothing: weights of ``smooth_scores``; none leaves the scores as they are.
             context: which neighbours the mapper asks for, arguments of ``find_slices``.
             facts: which model it is, for a person.
         """
@@ -128,6 +130,7 @@ class Diagnoser:
         self.classes = tuple(classes)
         self.threshold = threshold
         self.patient_rule = patient_rule
+        self.smoothing = tuple(smoothing)
         self.context = context or {}
         self.facts = facts or {}
 
@@ -158,6 +161,7 @@ class Diagnoser:
             ) from error
         _check_weights(model, weights)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
+        smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
         return cls(
             model,
             IchDatasetMapper(cfg, is_train=False),
@@ -165,6 +169,7 @@ class Diagnoser:
             classes=cfg.DATASETS.ICH_CLASSES,
             threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
             patient_rule=patient_rule,
+            smoothing=smoothing,
             context=context_settings(cfg),
             facts={
                 "run": Path(cfg.OUTPUT_DIR).name,
@@ -172,6 +177,7 @@ class Diagnoser:
                 "sha256": sha256(weights),
                 "operating_point": point and {"rule": point.rule, "dataset": point.dataset},
                 "patient_rule": patient_rule,
+                **({"smoothing": smoothing} if smoothing else {}),
             },
         )
 

@@ -19,6 +19,7 @@ from .results import (
     KEY_FIELDS,
     NOTE_FIELDS,
     PATIENT_FIELDS,
+    RAW_SCORE,
     SLICE_FIELDS,
     Diagnosis,
     Progress,
@@ -168,6 +169,8 @@ def _draw_overlays(diagnosis: Diagnosis, folder: Path, which: str, progress: Pro
 def write_slices(diagnosis: Diagnosis, folder: Path) -> None:
     """``slices.csv``."""
     extra = ("patient_id", "series_uid", "sop_uid") if diagnosis.identify else ()
+    if any(s.raw_score is not None for s in diagnosis.slices):
+        extra += (RAW_SCORE,)
     rows = map(_six_decimals, slice_rows(diagnosis))
     write_csv(folder / "slices.csv", (*SLICE_FIELDS, *extra), rows)
 
@@ -210,4 +213,5 @@ def _write_key(diagnosis: Diagnosis, path: Path) -> None:
 
 
 def _six_decimals(row: dict) -> dict:
-    return row | {"score": "" if row["score"] is None else f"{row['score']:.6f}"}
+    scores = {key: row[key] for key in ("score", RAW_SCORE) if key in row}
+    return row | {k: "" if score is None else f"{score:.6f}" for k, score in scores.items()}

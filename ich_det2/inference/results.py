@@ -28,6 +28,8 @@ PATIENT_FIELDS = (
     "verdict",
     "worst_slice_file",
 )
+RAW_SCORE = "raw_score"
+"""Of slices, where the scores are smoothed."""
 NOTE_FIELDS = ("n_slices_missing", "complete", "notes")
 KEY_FIELDS = (
     *("patient", "series", "slice", "file", "path", "frame"),
@@ -49,12 +51,14 @@ class SliceDiagnosis:
 
     Attributes:
         source: the slice: file, patient, series, index, and whose it is.
-        score: the highest of its boxes, or a classifier's.
+        score: the highest of its boxes, or a classifier's, smoothed along the series if the model
+            does so.
         verdict: "positive" or "negative".
         boxes: float32 (M, 4): x0, y0, x1, y1 in pixels of the original image, of those from half
             the threshold up, and always the highest.
         scores: float64 (M,), of the boxes.
         classes: M names.
+        raw_score: the score before smoothing; None without smoothing.
     """
 
     source: Slice = field(repr=False)
@@ -63,6 +67,7 @@ class SliceDiagnosis:
     boxes: np.ndarray
     scores: np.ndarray
     classes: tuple[str, ...]
+    raw_score: float | None = None
 
     @property
     def patient(self) -> str:
@@ -136,7 +141,8 @@ class Diagnosis:
         slices: by patient, series and index.
         patients: by name.
         skipped: files that were not diagnosed, and why.
-        model: facts of the model: run, weights and their SHA-256, operating point, patient rule.
+        model: facts of the model: run, weights and their SHA-256, operating point, patient rule,
+            and the weights of the smoothing if there is one.
         threshold: positive at this score and above.
         identify: whether Patient IDs and UIDs are in what is written.
         notice: what it may be used for.
@@ -295,7 +301,7 @@ def slice_rows(diagnosis: Diagnosis) -> Iterator[dict]:
                 "series_uid": own.series_uid,
                 "sop_uid": own.sop_uid,
             }
-        yield row
+        yield row if s.raw_score is None else row | {RAW_SCORE: s.raw_score}
 
 
 def patient_rows(diagnosis: Diagnosis) -> Iterator[dict]:

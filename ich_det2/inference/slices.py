@@ -55,6 +55,7 @@ class Slice:
         frame: 0-based, in a file of several; else None.
         context_files: file and frame of the slices before, this one and those after; empty if it is
             not known where the slice lies.
+        position_mm: along the slice normal; NaN if it is not known.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Slice:
     identity: Identity = field(default_factory=Identity, repr=False)
     frame: int | None = None
     context_files: tuple[tuple[str, int | None], ...] = ()
+    position_mm: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -374,11 +376,12 @@ def _number_slices(
         positions = s.positions_mm
         if by_name and np.isnan(positions).all():
             positions = [last_number(path.stem) for path in s.files]
-        beside = [[]] * len(entries)
+        beside, places = [[]] * len(entries), [math.nan] * len(entries)
         if not np.isnan(positions).any():
             # Pictures may be named in any order.
             entries = [entries[i] for i in np.argsort(positions, kind="stable")]
-            beside = neighbours(sorted(positions), context)
+            places = sorted(positions)
+            beside = neighbours(places, context)
         for index, (path, frame) in enumerate(entries):
             slices[path, frame] = Slice(
                 path=path,
@@ -392,6 +395,7 @@ def _number_slices(
                 context_files=tuple(
                     (os.fspath(entries[i][0]), entries[i][1]) for i in beside[index]
                 ),
+                position_mm=places[index],
             )
     return slices
 
