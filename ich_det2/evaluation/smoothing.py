@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import logit
 
@@ -16,7 +17,7 @@ _EDGE = 1e-6
 """Scores are kept so far from 0 and 1, where the logit is infinite (a slice without boxes)."""
 
 
-def check_weights(weights: Sequence[float]) -> np.ndarray:
+def check_weights(weights: ArrayLike) -> np.ndarray:
     """The weights of :func:`smooth_scores` as float64 (2 C + 1,), of sum 1.
 
     Raises:
@@ -37,10 +38,10 @@ def check_weights(weights: Sequence[float]) -> np.ndarray:
 
 
 def smooth_scores(
-    scores: Sequence[float],
+    scores: ArrayLike,
     series: Sequence[Hashable],
-    positions_mm: Sequence[float],
-    weights: Sequence[float],
+    positions_mm: ArrayLike,
+    weights: ArrayLike,
 ) -> np.ndarray:
     """Each slice's score as the weighted mean of its own and of its neighbours' in the series.
 
@@ -60,9 +61,9 @@ def smooth_scores(
     Raises:
         ValueError: if the weights are none.
     """
-    weights = check_weights(weights)
-    beside = _beside(scores, series, positions_mm, len(weights) // 2)
-    smoothed = _mean(beside, weights)
+    kernel = check_weights(weights)
+    beside = _beside(scores, series, positions_mm, len(kernel) // 2)
+    smoothed = _mean(beside, kernel)
     there = ~np.isnan(beside)
     low = np.where(there, beside, np.inf).min(axis=1, initial=np.inf)
     high = np.where(there, beside, -np.inf).max(axis=1, initial=-np.inf)
@@ -71,10 +72,10 @@ def smooth_scores(
 
 
 def fit_smoothing(
-    labels: Sequence[int],
-    scores: Sequence[float],
+    labels: ArrayLike,
+    scores: ArrayLike,
     series: Sequence[Hashable],
-    positions_mm: Sequence[float],
+    positions_mm: ArrayLike,
     reach: int = 2,
 ) -> np.ndarray:
     """The symmetric weights whose smoothed scores have the least log loss.
@@ -145,7 +146,7 @@ def _mean(beside: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _beside(
-    scores: Sequence[float], series: Sequence[Hashable], positions_mm: Sequence[float], reach: int
+    scores: ArrayLike, series: Sequence[Hashable], positions_mm: ArrayLike, reach: int
 ) -> np.ndarray:
     """Scores (N, 2 C + 1) of each slice, in the middle, and of its neighbours; NaN for none."""
     values, positions = np.asarray(scores, dtype=float), np.asarray(positions_mm, dtype=float)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ..evaluation.smoothing import smooth_scores
 from .diagnoser import Detections, Diagnoser
 from .results import (
@@ -131,15 +129,17 @@ def _smooth(
     threshold: float,
 ) -> list[SliceDiagnosis]:
     """Diagnoses by scores smoothed within each series; slices without one were not read."""
+    keys = [(entry.path, entry.frame) for entry in slices]
     raw = {(s.source.path, s.source.frame): s.score for s in results}
-    smoothed = smooth_scores(
-        [raw.get((entry.path, entry.frame), math.nan) for entry in slices],
+    scores = smooth_scores(
+        [raw.get(key, math.nan) for key in keys],
         [(entry.patient, entry.series) for entry in slices],
         [entry.position_mm for entry in slices],
         weights,
     )
-    # The results are in the order of the slices.
+    smoothed = dict(zip(keys, scores.tolist(), strict=True))
+    pairs = [(s, smoothed[s.source.path, s.source.frame]) for s in results]
     return [
         replace(s, score=score, verdict=verdict(score, threshold), raw_score=s.score)
-        for s, score in zip(results, smoothed[~np.isnan(smoothed)].tolist(), strict=True)
+        for s, score in pairs
     ]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from ich_det2.data import IchDatasetMapper, load_ich_voc
 from ich_det2.data.augmentation import RandomShiftScale
-from ich_det2.data.context import find_context
+from ich_det2.data.context import find_context, find_places
 from ich_det2.data.tree import VocTree
 
 NAMES = ["c", "a", "d", "b"]  # from the feet to the head
@@ -71,6 +71,25 @@ def test_pictures_without_positions_are_an_error(tree):
         ValueError, match=r"a\.png: its place in a series is not known.*position_mm"
     ):
         channels(root)
+
+
+@pytest.mark.parametrize("kind", ["png", "dicom"])
+def test_places_come_with_the_data_and_through_the_mapper(tree, kind):
+    root = tree(kind)
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[50, 100]])
+    found = [mapper(d) for d in load_ich_voc(root, "train")]
+    series = "s" if kind == "png" else "1.2"
+    assert [(x["image_id"], x["series"], x["position_mm"]) for x in found] == [
+        ("c", series, 0.0),
+        ("a", series, 5.0),
+    ]
+
+
+def test_where_a_place_is_not_known_there_is_none(tree):
+    root = tree("png", columns="image,patient,series,other")
+    assert not any("position_mm" in d or "series" in d for d in load_ich_voc(root, "train"))
+    # A classifier of sequences takes the numbers in names.
+    assert find_places(VocTree(root), ["c"], by_name=True) == {}
 
 
 def test_a_dataset_without_context_is_an_error(tree):

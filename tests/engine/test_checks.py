@@ -1,5 +1,7 @@
 """What is wrong with a run is said in one sentence before anything is written."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,15 @@ from ich_det2.engine.anchors import (
     training_boxes_wh,
 )
 from ich_det2.engine.checks import check_config, check_weights
-from ich_det2.engine.config import class_count_key, is_classifier, is_retinanet, load_config
+from ich_det2.engine.config import (
+    change_answers,
+    class_count_key,
+    differences,
+    is_classifier,
+    is_retinanet,
+    load_config,
+    not_continuable,
+)
 from ich_det2.evaluation.evaluator import metric_names
 from ich_det2.modeling import ImageClassifier
 
@@ -312,6 +322,9 @@ def test_ich_keys_leave_detectron2s_defaults_alone():
         (("TEST.DIAGNOSIS.THRESHOLDS", "[0.5, 1.5]"), "at least 0 and at most 1."),
         (("TEST.DIAGNOSIS.THRESHOLDS", "['a']"), "THRESHOLDS is ['a']"),
         (("TEST.DIAGNOSIS.OPERATING_THRESHOLD", "85.0"), "OPERATING_THRESHOLD is 85.0"),
+        (("TEST.DIAGNOSIS.SMOOTHING", "[0.5, 0.5]"), "TEST.DIAGNOSIS.SMOOTHING: the weights are"),
+        (("TEST.DIAGNOSIS.SMOOTHING", "['a']"), "expected an odd number of them"),
+        (("TEST.DIAGNOSIS.SMOOTHING", "[0.25, 0.5, 0.25]"), "does not say where in its series"),
         (("INPUT.MIN_SIZE_TRAIN", "()"), "INPUT.MIN_SIZE_TRAIN is ()"),
         (("INPUT.MIN_SIZE_TRAIN", "(64, 'a')"), "INPUT.MIN_SIZE_TRAIN is (64, 'a')"),
         (("INPUT.MIN_SIZE_TEST", "-64"), "INPUT.MIN_SIZE_TEST is -64"),
@@ -408,3 +421,22 @@ def test_the_names_of_metrics_are_those_that_a_validation_stores(cfg_on, tmp_pat
     check(cfg)
     results = IchTrainer.test(cfg, IchTrainer.build_model(cfg))
     assert set(flatten_results_dict(results)) == set(metric_names(["IPH", "SDH"]))
+
+
+def test_smoothing_needs_the_places_of_what_is_scored(cfg_on, caplog):
+    cfg = cfg_on("TEST.DIAGNOSIS.SMOOTHING", "[0.25, 0.5, 0.25]")
+    table = Path(cfg.DATASETS.ICH_ROOT) / "patients.csv"
+    places = [f"{i},p-{i},5\n" for i in "eg"]  # of validation and test
+    table.write_text("".join(["image,patient,position_mm\n", *places, "f,p-f,\n", "h,p-h,3\n"]))
+    check(cfg)
+    assert "ich_val: the place of 1 of 2 slices is not known" in caplog.text
+    assert "ich_test: the place" not in caplog.text
+
+
+def test_smoothing_is_a_part_of_what_a_model_answers():
+    before = load_config("", ["MODEL.DEVICE", "cpu"])
+    now = load_config("", ["MODEL.DEVICE", "cpu", "TEST.DIAGNOSIS.SMOOTHING", "[0.2, 0.6, 0.2]"])
+    now.TEST.DIAGNOSIS.COST_RATIO = 3.0
+    differs = {"TEST.DIAGNOSIS.SMOOTHING": ([], [0.2, 0.6, 0.2])}
+    assert change_answers(differences(before, now)) == differs
+    assert not_continuable(differs) == differs

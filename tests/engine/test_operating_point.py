@@ -1,5 +1,7 @@
 """The operating point belongs to the weights it was chosen with."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from ich_det2.engine.operating_point import (
     choose_operating_point,
     find_operating_point,
 )
-from ich_det2.evaluation.predictions import Predictions, write_predictions
+from ich_det2.evaluation.predictions import Predictions, read_predictions, write_predictions
 
 
 @pytest.fixture
@@ -39,6 +41,16 @@ def test_what_was_chosen_on_validation_is_found_with_the_weights(run):
     later, _ = run(RULE, "youden")
     assert find_operating_point(later, weights) == point
     assert later.TEST.DIAGNOSIS.OPERATING_THRESHOLD == point.threshold
+
+
+def test_it_is_chosen_on_smoothed_scores_and_the_raw_ones_stay(run, tmp_path):
+    cfg, weights = run(RULE, "youden")
+    folder = tmp_path / "inference" / "ich_val"
+    found = read_predictions(folder)
+    write_predictions(replace(found, raw_scores=found.scores, scores=found.scores / 2), folder)
+    assert choose_operating_point(cfg, weights).threshold == pytest.approx(0.175)
+    again = read_predictions(folder)
+    assert again.raw_scores.tolist() == [0.9, 0.4, 0.3, 0.1] == (2 * again.scores).tolist()
 
 
 def test_other_weights_do_not_get_it(run, caplog):
@@ -75,6 +87,7 @@ def test_another_patient_rule_than_it_was_chosen_with_is_said(run, caplog):
         (("TEST.DIAGNOSIS.COST_RATIO", "0.0"), "COST_RATIO is 0.0, expected above 0"),
         (("TEST.DIAGNOSIS.PATIENT_RULES", "['most']"), "the patient rule is 'most'"),
         (("TEST.DIAGNOSIS.PATIENT_RULES", "[]"), "expected at least one"),
+        (("TEST.DIAGNOSIS.SMOOTHING", "[0.5, 0.2]"), r"SMOOTHING: the weights are \[0.5, 0.2\]"),
     ],
 )
 def test_a_wrong_key_is_named_before_training(run, opts, message):

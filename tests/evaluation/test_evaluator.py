@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
@@ -11,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 from ich_det2.evaluation import DiagnosisEvaluator, boxes
 from ich_det2.evaluation.diagnosis import METRICS
 from ich_det2.evaluation.evaluator import format_summary
+from ich_det2.evaluation.predictions import Predictions, read_predictions, write_predictions
 
 IMAGES = [
     # image, patient, label, box scores
@@ -221,3 +223,59 @@ def test_coco_ap_is_computed_once_for_a_validation(make, monkeypatch):
     assert values["lesion_coco_ap"] == values["lesion_coco_ap50"] == 1
     assert values["image_recall"] == 1  # without "image_label", by the true boxes
     assert len(runs) == 1
+
+
+# ---- smoothed scores -------------------------------------------------------------------------
+
+PLACES = {"a": ("s", 5.0), "b": ("s", 0.0), "c": ("s", 0.0), "d": ("s", 5.0)}
+
+
+def feed_places(evaluator, places=PLACES):
+    for image, patient, label, scores in IMAGES:
+        x = {"image_id": image, "file_name": f"{image}.dcm", "image_label": label}
+        x |= {"patient_id": patient}
+        if image in places:
+            x["series"], x["position_mm"] = places[image]
+        found = Instances((8, 8), scores=torch.tensor(scores, dtype=torch.float32))
+        found.pred_boxes = Boxes(torch.tensor([[1.0, 1, 6, 6]]).repeat(len(scores), 1))
+        evaluator.process([x], [{"instances": found}])
+    return evaluator
+
+
+def test_images_and_patients_are_diagnosed_by_smoothed_scores(make):
+    evaluator = feed_places(make(smoothing=[0.25, 0.5, 0.25]))
+    values = evaluator.evaluate()["diagnosis"]
+    header, *rows = read_csv(evaluator.output_dir / "image_scores.csv")
+    assert header == ["image_id", "file_name", "patient_id", "label", "score", "raw_score"]
+    # Two slices of a series: 2/3 of the own score and 1/3 of the other's. Series of one name are
+    # of two patients; the place of "e" is not known.
+    expected = {"a": 0.75 / 3, "b": 1.5 / 3, "c": 1.125 / 3, "d": 0.75 / 3, "e": 0.25}
+    assert {row[0]: float(row[4]) for row in rows} == pytest.approx(expected)
+    raw = {"a": 0.0, "b": 0.75, "c": 0.5, "d": 0.125, "e": 0.25}
+    assert {row[0]: float(row[5]) for row in rows} == raw
+    assert values["image_tp"] == 1 and values["image_fp"] == 0  # "c" had 0.5
+    assert values["patient_fp"] == 0
+    # Boxes keep their scores.
+    boxes = evaluator._predictions(evaluator._rows).boxes
+    assert [found[:, 0].max(initial=0) for found in boxes] == list(raw.values())
+
+
+def test_raw_scores_are_read_back_taken_and_joined(make, tmp_path):
+    evaluator = feed_places(make(smoothing=[0.25, 0.5, 0.25]))
+    evaluator.evaluate()
+    found = read_predictions(evaluator.output_dir)
+    assert found.raw_scores.tolist() == [0, 0.75, 0.5, 0.125, 0.25]
+    write_predictions(found, tmp_path)
+    files = [folder / "image_scores.csv" for folder in (tmp_path, evaluator.output_dir)]
+    assert read_csv(files[0]) == read_csv(files[1])
+    parts = [found.take("ba"), found.take("c")]
+    assert Predictions.joined(parts).raw_scores.tolist() == [0.75, 0, 0.5]
+    plain = Predictions(["z"], ["z"], ["z"], np.array([0]), np.array([0.1]))
+    assert Predictions.joined([*parts, plain]).raw_scores is None
+
+
+def test_smoothing_needs_places_and_weights(make):
+    with pytest.raises(ValueError, match="needs the place of each image in its series, got none"):
+        feed_places(make(smoothing=[0.25, 0.5, 0.25]), places={}).evaluate()
+    with pytest.raises(ValueError, match="expected an odd number"):
+        make(smoothing=[0.5, 0.5])

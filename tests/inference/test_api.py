@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import RLELossless
 
@@ -159,6 +160,55 @@ def test_options_are_used_or_refused(exam, finder):
 
     diagnose(exam, finder, progress=progress)
     assert seen == [("detecting", 8)]
+
+
+def test_slices_and_patients_are_diagnosed_by_smoothed_scores(exam, finder, tmp_path):
+    plain = diagnose(exam, finder, threshold=0.5)
+    finder.smoothing = (0.25, 0.5, 0.25)
+    found = diagnose(exam, finder, threshold=0.5)
+    raw = [s.score for s in plain.slices]
+    assert [s.raw_score for s in found.slices] == raw
+    assert {s.raw_score for s in plain.slices} == {None}
+    # The bleed is on the second of four slices; the other patient has none.
+    a, b, c, d = raw[:4]
+    expected = [(2 * a + b) / 3, (a + 2 * b + c) / 4, (b + 2 * c + d) / 4, (c + 2 * d) / 3]
+    assert [s.score for s in found.slices[:4]] == pytest.approx(expected)
+    assert [s.verdict for s in found.slices[:2]] == ["negative", "positive"]
+    assert found.slices[1].scores == [b]  # boxes keep their scores
+    patient = found.patients[0]
+    assert (patient.score, patient.worst_slice_file) == (expected[1], found.slices[1].file)
+
+    replace(found, identify=True).write(tmp_path / "out")
+    table = rows(tmp_path / "out/slices.csv")
+    header = FORMER_SLICE_FIELDS + ",patient_id,series_uid,sop_uid,raw_score"
+    assert ",".join(table[0]) == header
+    assert [row["raw_score"] for row in table] == [f"{score:.6f}" for score in raw]
+    content = found.to_dict()["patients"][0]["slices"]
+    assert [(s["score"], s["raw_score"]) for s in content] == [
+        (s.score, s.raw_score) for s in found.slices[:4]
+    ]
+    # What is positive by its raw score alone is not.
+    assert diagnose(exam, finder, threshold=0.9).patients[0].verdict == "negative"
+
+
+def test_pictures_of_no_series_and_slices_not_read_are_no_neighbours(
+    write_series, finder, tmp_path
+):
+    finder.smoothing = (0.25, 0.5, 0.25)
+    paths = write_series(bleed_at=1)
+    ds = pydicom.dcmread(paths[2])
+    ds.compress(RLELossless, generate_instance_uid=False)
+    ds.PixelData = encapsulate([b"no frame"])
+    ds.save_as(paths[2], enforce_file_format=True)
+    for i, grey in enumerate((0, 180)):
+        Image.new("L", (32, 32), grey).save(tmp_path / "exam" / f"{i}.png")
+    found = diagnose(tmp_path / "exam", finder)
+    scores = {s.file: (s.score, s.raw_score) for s in found.slices}
+    assert scores["0.png"] == (0, 0) and scores["1.png"] == (1, 1)
+    a, b, d = (scores[f"IM{i}.dcm"][1] for i in (1, 2, 4))
+    assert b > a and [scores[f"IM{i}.dcm"][0] for i in (1, 2, 4)] == pytest.approx(
+        [(2 * a + b) / 3, (a + 2 * b) / 3, d]
+    )
 
 
 def test_a_neighbour_that_breaks_is_not_named(exam, finder):

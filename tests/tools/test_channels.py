@@ -1,4 +1,4 @@
-"""Channels of neighbours or of three windows, from training to tools/diagnose.py."""
+"""Neighbours or windows as channels, and smoothed scores: from training to tools/diagnose.py."""
 
 import csv
 import importlib.util
@@ -28,6 +28,7 @@ BLEED = [("IPH", (11, 13, 30, 28))]
 OPTIONS = {
     "neighbours": ("INPUT.CONTEXT_SLICES", "1"),
     "windows": ("INPUT.WINDOWS", "[[40, 80], [75, 215], [600, 2800]]"),
+    "smoothing": ("TEST.DIAGNOSIS.SMOOTHING", "[0.2, 0.5, 0.3]"),
 }
 
 
@@ -68,9 +69,9 @@ def fed(monkeypatch):
     return images
 
 
-def read_scores(path, key):
+def read_scores(path, key, column="score"):
     with open(path, newline="") as file:
-        return {row[key]: float(row["score"]) for row in csv.DictReader(file)}
+        return {row[key]: float(row[column]) for row in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -110,6 +111,8 @@ def test_diagnose_feeds_what_the_evaluation_fed(tree, fed, tiny_cfg, tmp_path, o
         assert torch.equal(image, evaluated[key])
     if "INPUT.CONTEXT_SLICES" in options:
         check_neighbours(exam, fed)
+    if "TEST.DIAGNOSIS.SMOOTHING" in options:
+        check_smoothing(tmp_path / "o/slices.csv", exam)
 
 
 def check_neighbours(exam, fed):
@@ -125,6 +128,21 @@ def check_neighbours(exam, fed):
         assert torch.equal(image[0], places[patient, before][1])
         assert torch.equal(image[2], places[patient, after][1])
         assert not torch.equal(image[0], image[2])
+
+
+def check_smoothing(path, exam):
+    """Scores are means of the neighbours' raw ones; ends and gaps leave weights out."""
+    score, raw = read_scores(path, "sop_uid"), read_scores(path, "sop_uid", "raw_score")
+    uids = {}
+    for ds in map(dcmread, exam.iterdir()):
+        uids[ds.PatientID, HEIGHTS.index(ds.ImagePositionPatient[2])] = ds.SOPInstanceUID
+    for patient in ("val", "test"):
+        a, b, c, d, e = (raw[uids[patient, i]] for i in range(5))
+        expected = [
+            *((0.5 * a + 0.3 * b) / 0.8, 0.2 * a + 0.5 * b + 0.3 * c, (0.2 * b + 0.5 * c) / 0.7),
+            *((0.5 * d + 0.3 * e) / 0.8, (0.2 * d + 0.5 * e) / 0.7),
+        ]
+        assert [score[uids[patient, i]] for i in range(5)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_neighbours_of_pictures_are_those_of_the_training(voc_tree):
