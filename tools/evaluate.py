@@ -13,6 +13,8 @@ threshold is, in this order: --threshold; chosen on --validation by --rule; the 
 of the training run that the folder is in. One set of predictions is written beside itself unless
 --output says where; with --compare several models on the same images are set side by side in DIR:
 report.html, report.json and comparison.csv with the differences, intervals and p-values.
+--fit-smoothing TREE, where the images lie, prints TEST.DIAGNOSIS.SMOOTHING as it suits PREDICTIONS,
+which have to be of validation or out of fold.
 """
 
 import argparse
@@ -23,19 +25,23 @@ from pathlib import Path
 from ich_det2.cli import guard, quiet_imports
 
 with quiet_imports():
+    import numpy as np
     from tabulate import tabulate
 
+    from ich_det2.data.context import find_places
     from ich_det2.data.mapper import IchDatasetMapper
-    from ich_det2.engine.config import load_config
+    from ich_det2.data.tree import VocTree
+    from ich_det2.engine.config import context_settings, load_config
     from ich_det2.engine.operating_point import build_settings
     from ich_det2.engine.report import training_facts
     from ich_det2.engine.run_folder import RunFolder
     from ich_det2.evaluation.analysis import LEVELS
-    from ich_det2.evaluation.diagnosis import parse_rule
+    from ich_det2.evaluation.diagnosis import parse_rule, roc_auc_score
     from ich_det2.evaluation.evaluator import format_summary, write_evaluation
     from ich_det2.evaluation.operating_point import RULES, OperatingPoint, Rule
-    from ich_det2.evaluation.predictions import read_predictions
+    from ich_det2.evaluation.predictions import Predictions, read_predictions
     from ich_det2.evaluation.report import Model, write_report
+    from ich_det2.evaluation.smoothing import fit_smoothing, smooth_scores
     from ich_det2.files import write_csv
 
 COMPARISON_FIELDS = ("first", "other", "level", "metric", "difference", "low", "high", "p", "test")
@@ -64,6 +70,7 @@ def parse_args(argv=None):
     parser.add_argument("--target-recall", type=float, default=0.95, help="of the rule recall")
     parser.add_argument("--cost-ratio", type=float, help="of a missed bleed to a false alarm")
     parser.add_argument("--patient-rules", nargs="+", metavar="RULE", help="the first decides")
+    parser.add_argument("--fit-smoothing", type=Path, metavar="TREE", help="VOC tree of the images")
     parser.add_argument("--images", type=Path, metavar="DIR", help="where the images are")
     parser.add_argument("--resamples", type=int, help="draws of the bootstrap")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
@@ -184,10 +191,41 @@ def comparison_rows(comparisons: list[dict]) -> list[dict]:
     return rows
 
 
+def smoothing_for(predictions: Predictions, tree: VocTree, cfg) -> str:
+    """The key and its learnt value, and the AUC of the images that they are fitted on.
+
+    Raises:
+        ValueError: if an image is not in the tree, or no image's place is known.
+    """
+    ids = predictions.image_ids
+    if unknown := [image for image in ids if image not in tree.images]:
+        raise ValueError(f"--fit-smoothing {tree.root}: has no image '{unknown[0]}'.")
+    places = find_places(tree, ids, by_name=context_settings(cfg)["by_name"])
+    if not places:
+        raise ValueError(
+            f"--fit-smoothing {tree.root}: it is not known where in its series an image lies;"
+            " add the columns series and position_mm to its patients.csv."
+        )
+    series, positions = zip(*(places.get(image, ("", np.nan)) for image in ids))
+    where = [*zip(predictions.patients, series)], positions
+    labels, raw = predictions.labels, predictions.raw_scores
+    raw = predictions.scores if raw is None else raw
+    weights = fit_smoothing(labels, raw, *where)
+    half = weights[: len(weights) // 2].round(3)
+    rounded = [*half, round(1 - 2 * half.sum(), 3), *half[::-1]]
+    before, after = (roc_auc_score(labels, s) for s in (raw, smooth_scores(raw, *where, rounded)))
+    values = ", ".join(f"{weight:g}" for weight in rounded)
+    return f"TEST.DIAGNOSIS.SMOOTHING '[{values}]', AUC of these images {before:.3f} -> {after:.3f}"
+
+
 def run(args) -> None:
     """Raises: FileNotFoundError, ValueError: one sentence with the remedy."""
     check(args)
     read = [read_model(args, i, name) for i, name in enumerate(args.name)]
+    if args.fit_smoothing is not None:
+        tree = VocTree(args.fit_smoothing)
+        for model, cfg in read:
+            print(f"{model.name}: {smoothing_for(model.predictions, tree, cfg)}")
     dataset = args.dataset or args.predictions[0].resolve().with_suffix("").name
     groups = [read] if args.compare else [[entry] for entry in read]
     for group, path in zip(groups, args.predictions):

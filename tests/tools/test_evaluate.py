@@ -3,10 +3,13 @@
 import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from ich_det2.evaluation.smoothing import check_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -178,3 +181,23 @@ def test_results_of_another_toolkit_need_only_coco_files(tool, tmp_path):
         assert (image["n"], image["tp"], image["fn"], image["fp"]) == (8, tp, 3 - tp, tp // 2)
         assert analysis["n_patients"] == 4 and analysis["lesions"]["n_lesions"] == 3
         assert (image["precision"] is None) == (name == "empty")
+
+
+def test_smoothing_is_fitted_on_what_is_given(tool, stored, voc_tree, capsys):
+    folder = stored("val", shift=0.2)
+    args = [str(folder), "--threshold", "0.5", "--resamples", "10", "--fit-smoothing"]
+    images = {f"i{i:02}": [] for i in range(24)}
+    root = voc_tree(images, patients=["image,patient", *(f"{i},p" for i in images)])
+    assert tool.main([*args, str(root)]) == 2
+    assert "not known where in its series an image lies" in capsys.readouterr().err
+    places = [f"i{i:02},p{i // 3},{5 * (i % 3)}" for i in range(24)]
+    (root / "patients.csv").write_text("\n".join(["image,patient,position_mm", *places]) + "\n")
+    assert tool.main([*args, str(root)]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    match = re.fullmatch(
+        r"val: TEST.DIAGNOSIS.SMOOTHING '(\[.*\])', AUC of these images 0.\d+ -> 0.\d+", line
+    )
+    assert check_weights(json.loads(match[1])).shape == (5,)
+    (root / "JPEGImages/i03.png").unlink()
+    assert tool.main([*args, str(root)]) == 2
+    assert "has no image 'i03'" in capsys.readouterr().err
