@@ -13,13 +13,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..evaluation.predictions import RAW_SCORE
 from ..evaluation.visualize import draw_overlay
 from ..files import write_atomically, write_csv
 from .results import (
     KEY_FIELDS,
     NOTE_FIELDS,
     PATIENT_FIELDS,
-    RAW_SCORE,
     SLICE_FIELDS,
     Diagnosis,
     Progress,

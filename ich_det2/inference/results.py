@@ -11,6 +11,7 @@ import numpy as np
 
 from ..evaluation.diagnosis import diagnose as is_positive
 from ..evaluation.diagnosis import patient_scores
+from ..evaluation.predictions import RAW_SCORE
 from ..version import __version__
 from .slices import Noticed, Skipped, Slice
 
@@ -28,8 +29,6 @@ PATIENT_FIELDS = (
     "verdict",
     "worst_slice_file",
 )
-RAW_SCORE = "raw_score"
-"""Of slices, where the scores are smoothed."""
 NOTE_FIELDS = ("n_slices_missing", "complete", "notes")
 KEY_FIELDS = (
     *("patient", "series", "slice", "file", "path", "frame"),
