@@ -65,6 +65,10 @@ def add_ich_config(cfg: CfgNode) -> None:
     cfg.INPUT.AUG.EXPAND_SHIFT = 0.1
     cfg.INPUT.AUG.EXPAND_SCALE = 0.2
 
+    # Share of slices with hemorrhage in each batch of DATALOADER.SAMPLER_TRAIN
+    # "PositiveShareSampler", in (0, 1).
+    cfg.DATALOADER.POSITIVE_SHARE = 0.5
+
     # ---- anchors ---------------------------------------------------------------------------
     # Anchors of ClusteredAnchorGenerator left as [[]] are clustered from the training boxes by
     # tools/train_net.py before the model is built. For several IN_FEATURES, from fine to coarse,
@@ -121,6 +125,27 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Share of the newest batch in the running statistics of batch norms that are not frozen. Some
     # networks come with 0.01, which lags behind in a training of some hundred steps.
     cfg.MODEL.TIMM.BN_MOMENTUM = 0.1
+
+    # Channels of the FPN of build_timm_fpn_backbone are MODEL.FPN.OUT_CHANNELS, its maps "p3" (of
+    # stride 8), "p4" and so on, one for each of OUT_STRIDES.
+
+    # ---- image head (META_ARCHITECTURE DiagnosisRCNN) ----------------------------------------
+    # It scores the whole slice and learns from every image label; slices that bleed but have no
+    # boxes teach it alone.
+    cfg.MODEL.IMAGE_HEAD = CN()
+    # Map of the backbone that it takes. "": the one of the largest stride.
+    cfg.MODEL.IMAGE_HEAD.IN_FEATURE = ""
+    # Channels before the pooling, by the mean and the maximum over the slice.
+    cfg.MODEL.IMAGE_HEAD.CONV_DIM = 128
+    # Share of the pooled values left out in training.
+    cfg.MODEL.IMAGE_HEAD.DROPOUT = 0.0
+    # Weight of a slice with hemorrhage in its loss, and of its loss among the others.
+    cfg.MODEL.IMAGE_HEAD.POS_WEIGHT = 1.0
+    cfg.MODEL.IMAGE_HEAD.LOSS_WEIGHT = 1.0
+    # Share w of its logit in the slice's score, 1 - w being that of the highest scored box.
+    cfg.MODEL.IMAGE_HEAD.SCORE_WEIGHT = 0.5
+    # Exponent v of its score in a box's: box ** (1 - v) * slice ** v. 0: off.
+    cfg.MODEL.IMAGE_HEAD.BOX_WEIGHT = 0.0
 
     # ---- classifiers of whole slices (META_ARCHITECTURE ImageClassifier) ---------------------
     cfg.MODEL.CLASSIFIER = CN()

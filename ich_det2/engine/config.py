@@ -12,10 +12,10 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 
 from ..config import add_ich_config
-from ..modeling import ImageClassifier
+from ..modeling import DiagnosisRCNN, ImageClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _ANSWERS = re.compile(r"(INPUT|MODEL|TEST)\.|DATASETS\.ICH_CLASSES$")
 _NO_ANSWERS = re.compile(
     r"INPUT\.(AUG|CROP)\.|INPUT\.RANDOM_FLIP|MODEL\.WEIGHTS|MODEL\.ANCHOR_GENERATOR\.CLUSTERS"
     r"|.*_TRAIN(ING|_SAMPLING)?$|.*FREEZE|.*\.(COST|SAMPLER)\.|.*LOSS|.*(BATCH_SIZE_PER_IMAGE"
-    r"|POSITIVE_FRACTION|IOU_THRESHOLDS|IOUS|PRIOR_PROB|POS_WEIGHT|BN_MOMENTUM)$"
+    r"|POSITIVE_FRACTION|IOU_THRESHOLDS|IOUS|PRIOR_PROB|POS_WEIGHT|BN_MOMENTUM|DROPOUT)$"
     r"|TEST\.(EVAL_PERIOD|EXPECTED_RESULTS|DIAGNOSIS(?!\.SMOOTHING$))"
 )
 _UNSET = -1
@@ -140,7 +140,18 @@ def is_retinanet(cfg: CfgNode) -> bool:
     return _derives(cfg, RetinaNet)
 
 
-def _derives(cfg: CfgNode, architecture: type) -> bool:
+def learns_from_labels(cfg: CfgNode) -> bool:
+    """Whether slices that are known to bleed, but have no boxes, can be trained on.
+
+    Detectron2's detectors would take such a slice as background; an architecture of a user's own
+    is left to know.
+    """
+    if _derives(cfg, (GeneralizedRCNN, RetinaNet)):
+        return _derives(cfg, DiagnosisRCNN)
+    return True
+
+
+def _derives(cfg: CfgNode, architecture: type | tuple[type, ...]) -> bool:
     name = cfg.MODEL.META_ARCHITECTURE
     found = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
     return isinstance(found, type) and issubclass(found, architecture)

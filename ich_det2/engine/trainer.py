@@ -15,9 +15,10 @@ from detectron2.utils import comm
 
 from ..data.augmentation import expand_dataset
 from ..data.mapper import IchDatasetMapper
+from ..data.samplers import PositiveShareSampler
 from ..evaluation.evaluator import DiagnosisEvaluator
 from .checkpoint import IchCheckpointer
-from .config import is_classifier
+from .config import is_classifier, learns_from_labels
 from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
 from .operating_point import choose_operating_point
 from .partitions import share_images
@@ -131,6 +132,7 @@ class IchTrainer(DefaultTrainer):
         dataset = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
+        dataset = without_unlearnable(cfg, dataset)
         dataset = expand_dataset(
             dataset,
             cfg.INPUT.AUG.EXPAND,
@@ -140,8 +142,16 @@ class IchTrainer(DefaultTrainer):
         )
         # Detectron2's samplers draw a seed of their own, from NumPy's generator.
         seed_generators(cfg.SEED, "order")
+        sampler = None  # as DATALOADER.SAMPLER_TRAIN names it
+        if cfg.DATALOADER.SAMPLER_TRAIN == PositiveShareSampler.__name__:
+            sampler = PositiveShareSampler(
+                [int(d.get("image_label", len(d["annotations"]) > 0)) for d in dataset],
+                cfg.DATALOADER.POSITIVE_SHARE,
+                cfg.SOLVER.IMS_PER_BATCH,
+                seed=int(comm.shared_random_seed()),
+            )
         loader = build_detection_train_loader(
-            cfg, dataset=dataset, mapper=IchDatasetMapper(cfg, is_train=True)
+            cfg, dataset=dataset, mapper=IchDatasetMapper(cfg, is_train=True), sampler=sampler
         )
         if start_image is None:
             start_image = start_iter * cfg.SOLVER.IMS_PER_BATCH
@@ -229,6 +239,25 @@ class IchTrainer(DefaultTrainer):
         if comm.is_main_process():
             write_reports(cfg, point)
         return results
+
+
+def without_unlearnable(cfg, dataset: list[dict]) -> list[dict]:
+    """Leaves out slices with hemorrhage but no boxes where they would be taken as background.
+
+    Args:
+        cfg: config of the training.
+        dataset: dataset dicts, with "image_label" or without.
+    """
+    if learns_from_labels(cfg):
+        return dataset
+    kept = [d for d in dataset if d.get("annotations") or not d.get("image_label")]
+    if len(kept) < len(dataset):
+        logger.warning(
+            "%d training slices have hemorrhage, but no boxes: they are left out. With"
+            " MODEL.META_ARCHITECTURE DiagnosisRCNN its image head learns from them.",
+            len(dataset) - len(kept),
+        )
+    return kept
 
 
 def with_datasets(cfg, names):

@@ -8,6 +8,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
     from .backbone import TimmBackbone, TorchvisionBackbone
     from .classifier import ImageClassifier
     from .classifier_networks import CLASSIFIER_REGISTRY
+    from .diagnosis_rcnn import DiagnosisRCNN
     from .inception_roi_heads import InceptionV3ROIHeads
     from .roi_heads import (
         CostSensitiveCascadeROIHeads,
@@ -27,6 +28,7 @@ __all__ = [
     "CostSensitiveRPN",
     "CostSensitiveRPNHead",
     "CostSensitiveRes5ROIHeads",
+    "DiagnosisRCNN",
     "FixedRatioSampler",
     "ImageClassifier",
     "InceptionV3ROIHeads",

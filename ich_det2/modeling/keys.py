@@ -26,9 +26,14 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
 from fvcore.common.registry import Registry
 
 from .anchor_generator import ClusteredAnchorGenerator
-from .backbone import build_inception_v3_backbone, build_timm_backbone
+from .backbone import (
+    build_inception_v3_backbone,
+    build_timm_backbone,
+    build_timm_fpn_backbone,
+)
 from .classifier import ImageClassifier
 from .classifier_networks import CLASSIFIER_REGISTRY
+from .diagnosis_rcnn import DiagnosisRCNN
 from .inception_roi_heads import InceptionV3ROIHeads
 from .roi_heads import CostSensitiveMixin
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
@@ -86,7 +91,7 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     "MODEL.ROI_BOX_CASCADE_HEAD.": {_ROI_HEADS: _of(CascadeROIHeads)},
     "MODEL.ANCHOR_GENERATOR.CLUSTERS.": {_ANCHORS: _of(ClusteredAnchorGenerator)},
     "MODEL.ANCHOR_GENERATOR.PAIRS": {_ANCHORS: _of(ClusteredAnchorGenerator)},
-    "MODEL.TIMM.": {_BACKBONE: _of(build_timm_backbone)},
+    "MODEL.TIMM.": {_BACKBONE: _of(build_timm_backbone, build_timm_fpn_backbone)},
     "MODEL.TORCHVISION.": {
         _BACKBONE: _of(build_inception_v3_backbone),
         _ROI_HEADS: _of(InceptionV3ROIHeads),
@@ -95,13 +100,15 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
         _BACKBONE: _of(*_RESNETS),
         _ROI_HEADS: _of(Res5ROIHeads, but=InceptionV3ROIHeads),
     },
-    "MODEL.FPN.": {_BACKBONE: _of(*_RESNETS[1:])},
+    "MODEL.FPN.": {_BACKBONE: _of(*_RESNETS[1:], build_timm_fpn_backbone)},
     "MODEL.BACKBONE.": {_META: _of(GeneralizedRCNN, RetinaNet)},
     "MODEL.RETINANET.": {_META: _of(RetinaNet)},
+    "MODEL.IMAGE_HEAD.": {_META: _of(DiagnosisRCNN)},
     "MODEL.CLASSIFIER.": {_META: _of(ImageClassifier)},
     "INPUT.SEQUENCE_SLICES": {_CLASSIFIER: lambda part: getattr(part, "takes_sequence", False)},
 }
 
+_POSITIVE_SHARE = "DATALOADER.POSITIVE_SHARE"
 _BOXES_ALONE = "the data have boxes alone"
 # Keys, or begins of keys, that nothing reads when a model is trained, and why.
 _NOT_READ = {
@@ -134,7 +141,9 @@ _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 _NAMES = {
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
-    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
+    "DATALOADER.SAMPLER_TRAIN": (
+        *("TrainingSampler", "RepeatFactorTrainingSampler", "PositiveShareSampler"),
+    ),
     "SOLVER.LR_SCHEDULER_NAME": (
         *("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
     ),
@@ -179,6 +188,12 @@ def check_read_keys(config: Config, defaults: Config, *, training: bool = True) 
     if not training:
         return
     _check_values(config)
+    if _POSITIVE_SHARE in given and config["DATALOADER.SAMPLER_TRAIN"] != "PositiveShareSampler":
+        raise ValueError(
+            f"{_POSITIVE_SHARE} is {config[_POSITIVE_SHARE]}, but DATALOADER.SAMPLER_TRAIN"
+            f" {config['DATALOADER.SAMPLER_TRAIN']} does not read it; PositiveShareSampler does:"
+            f" set that, or leave {_POSITIVE_SHARE} at {defaults[_POSITIVE_SHARE]}."
+        )
     unread = [key for key in given if not is_read(config, key)]
     if unread:
         rest = f" (and so {', '.join(unread[1:])})" if unread[1:] else ""

@@ -24,7 +24,12 @@ from ich_det2.engine.checks import check_config
 from ich_det2.engine.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
-SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
+SAMPLERS = (
+    "PositiveShareSampler",
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+)
 SMALL = (
     *("SOLVER.MAX_ITER", "6", "SOLVER.STEPS", "(4,)", "SOLVER.WARMUP_ITERS", "2"),
     *("SOLVER.CHECKPOINT_PERIOD", "3", "TEST.EVAL_PERIOD", "2", "SOLVER.IMS_PER_BATCH", "2"),

@@ -1,7 +1,10 @@
 """A real run on small slices: train, validate, keep the best, resume, test."""
 
 import csv
+import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +78,28 @@ def test_the_expansion_multiplies_the_training_set(cfg):
     cfg.INPUT.AUG.EXPAND = 4
     loader = IchTrainer.build_train_loader(cfg)
     assert len(loader.dataset.dataset) == 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"), [("GeneralizedRCNN", ["a", "c", "d"]), ("DiagnosisRCNN", [*"abcd"])]
+)
+def test_a_slice_known_to_bleed_without_boxes_is_no_background(cfg, caplog, architecture, names):
+    root = Path(cfg.DATASETS.ICH_ROOT)
+    (root / "labels.csv").write_text("image,label\n" + "".join(f"{i},1\n" for i in "abcdefgh"))
+    boxed = "<object><name>IPH</name><bndbox><xmin>9</xmin><ymin>9</ymin><xmax>20</xmax>"
+    boxed += "<ymax>20</ymax></bndbox></object></annotation>"
+    for name in "acd":
+        path = root / f"Annotations/{name}.xml"
+        if "object" not in path.read_text():
+            path.write_text(path.read_text().replace("</annotation>", boxed))
+    path = root / "Annotations/b.xml"
+    path.write_text(re.sub("<object>.*</object>", "", path.read_text()))
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    loader = IchTrainer.build_train_loader(cfg)
+    found = {d["image_id"] for batch in itertools.islice(loader, 8) for d in batch}
+    assert sorted(found) == names
+    said = "1 training slices have hemorrhage, but no boxes: they are left out."
+    assert (said in caplog.text) == (len(names) == 3)
 
 
 def test_several_windows_reach_the_network(cfg):

@@ -1,6 +1,6 @@
 """Feature networks beyond Detectron2's own."""
 
-from .timm_backbone import TimmBackbone, build_timm_backbone
+from .timm_backbone import TimmBackbone, build_timm_backbone, build_timm_fpn_backbone
 from .torchvision_backbone import (
     TorchvisionBackbone,
     build_inception_v3_backbone,
@@ -12,5 +12,6 @@ __all__ = [
     "TorchvisionBackbone",
     "build_inception_v3_backbone",
     "build_timm_backbone",
+    "build_timm_fpn_backbone",
     "build_vgg16_backbone",
 ]

