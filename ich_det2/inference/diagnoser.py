@@ -37,7 +37,8 @@ class Detections:
         scores: float64 (M,), so that they compare with a threshold as in the evaluation.
         classes: int (M,), indices into ``DATASETS.ICH_CLASSES``.
         size: (H, W) of the original image.
-        image_score: a classifier's, which has no boxes; None for a detector.
+        image_score: of a model that scores the slice itself, with boxes (``DiagnosisRCNN``) or
+            without (``ImageClassifier``); None for other detectors.
     """
 
     boxes: np.ndarray
@@ -48,7 +49,7 @@ class Detections:
 
     @property
     def score(self) -> float:
-        """The slice's score: a classifier's, or the highest of the boxes, 0 without boxes."""
+        """The slice's own, else the highest of the boxes, 0 without boxes."""
         if self.image_score is not None:
             return self.image_score
         return self.scores.max().item() if len(self.scores) else 0.0
@@ -57,7 +58,7 @@ class Detections:
         """The boxes of this score and more, and in any case the highest."""
         if not len(self.scores):
             return self
-        keep = self.scores >= min(score, self.score)
+        keep = self.scores >= min(score, self.scores.max())
         return Detections(self.boxes[keep], self.scores[keep], self.classes[keep], self.size)
 
 
@@ -237,18 +238,17 @@ class Diagnoser:
 
 
 def _detections(inputs: dict, output: dict) -> Detections:
-    if "image_score" in output:
-        return Detections(
-            *(np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, int)),
-            size=(inputs["height"], inputs["width"]),
-            image_score=float(output["image_score"]),
-        )
+    score = float(output["image_score"]) if "image_score" in output else None
+    if "instances" not in output:
+        nothing = (np.zeros((0, 4), np.float32), np.zeros(0), np.zeros(0, int))
+        return Detections(*nothing, (inputs["height"], inputs["width"]), score)
     instances = output["instances"].to("cpu")
     return Detections(
         boxes=instances.pred_boxes.tensor.numpy(),
         scores=instances.scores.numpy().astype(np.float64),
         classes=instances.pred_classes.numpy(),
         size=instances.image_size,
+        image_score=score,
     )
 
 
