@@ -147,6 +147,15 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Exponent v of its score in a box's: box ** (1 - v) * slice ** v. 0: off.
     cfg.MODEL.IMAGE_HEAD.BOX_WEIGHT = 0.0
 
+    # ---- ensembles (META_ARCHITECTURE EnsembleRCNN, made by tools/ensemble.py) -----------------
+    cfg.MODEL.ENSEMBLE = CN()
+    # For each member the keys, and their values, in which it differs from this config.
+    cfg.MODEL.ENSEMBLE.MEMBERS = []
+    # Each member also sees the slice mirrored left to right.
+    cfg.MODEL.ENSEMBLE.FLIP = False
+    # IoU from which on the members' boxes are fused.
+    cfg.MODEL.ENSEMBLE.IOU_THRESHOLD = 0.5
+
     # ---- classifiers of whole slices (META_ARCHITECTURE ImageClassifier) ---------------------
     cfg.MODEL.CLASSIFIER = CN()
     # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionResNetV2,

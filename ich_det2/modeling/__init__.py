@@ -9,6 +9,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
     from .classifier import ImageClassifier
     from .classifier_networks import CLASSIFIER_REGISTRY
     from .diagnosis_rcnn import DiagnosisRCNN
+    from .ensemble import EnsembleRCNN
     from .inception_roi_heads import InceptionV3ROIHeads
     from .roi_heads import (
         CostSensitiveCascadeROIHeads,
@@ -29,6 +30,7 @@ __all__ = [
     "CostSensitiveRPNHead",
     "CostSensitiveRes5ROIHeads",
     "DiagnosisRCNN",
+    "EnsembleRCNN",
     "FixedRatioSampler",
     "ImageClassifier",
     "InceptionV3ROIHeads",

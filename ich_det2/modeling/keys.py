@@ -34,6 +34,7 @@ from .backbone import (
 from .classifier import ImageClassifier
 from .classifier_networks import CLASSIFIER_REGISTRY
 from .diagnosis_rcnn import DiagnosisRCNN
+from .ensemble import EnsembleRCNN
 from .inception_roi_heads import InceptionV3ROIHeads
 from .roi_heads import CostSensitiveMixin
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
@@ -104,6 +105,7 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     "MODEL.BACKBONE.": {_META: _of(GeneralizedRCNN, RetinaNet)},
     "MODEL.RETINANET.": {_META: _of(RetinaNet)},
     "MODEL.IMAGE_HEAD.": {_META: _of(DiagnosisRCNN)},
+    "MODEL.ENSEMBLE.": {_META: _of(EnsembleRCNN)},
     "MODEL.CLASSIFIER.": {_META: _of(ImageClassifier)},
     "INPUT.SEQUENCE_SLICES": {_CLASSIFIER: lambda part: getattr(part, "takes_sequence", False)},
 }
@@ -131,7 +133,7 @@ _OWN_DATA = ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON")
 
 # Detectron2's parts that the data here cannot train.
 _NO_PARTS = {
-    _META: ("PanopticFPN", "ProposalNetwork", "SemanticSegmentor"),
+    _META: ("EnsembleRCNN", "PanopticFPN", "ProposalNetwork", "SemanticSegmentor"),
     _RPN: ("PrecomputedProposals", "RRPN"),
     _ROI_HEADS: ("RROIHeads",),
     _ANCHORS: ("RotatedAnchorGenerator",),

@@ -28,7 +28,12 @@ BLEED = [("IPH", (11, 13, 30, 28))]
 OPTIONS = {
     "neighbours": ("INPUT.CONTEXT_SLICES", "1"),
     "windows": ("INPUT.WINDOWS", "[[40, 80], [75, 215], [600, 2800]]"),
-    "image head": ("MODEL.META_ARCHITECTURE", "DiagnosisRCNN", "MODEL.IMAGE_HEAD.BOX_WEIGHT", "0.5"),
+    "image head": (
+        "MODEL.META_ARCHITECTURE",
+        "DiagnosisRCNN",
+        "MODEL.IMAGE_HEAD.BOX_WEIGHT",
+        "0.5",
+    ),
     "smoothing": ("TEST.DIAGNOSIS.SMOOTHING", "[0.2, 0.5, 0.3]"),
 }
 
