@@ -47,6 +47,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU) sees in order;
     # at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.
     cfg.INPUT.SEQUENCE_SLICES = 0
+    # Crop slices to the head: a square around the largest part that is neither air nor thin, over
+    # all slices of a series, with a margin of 4 % on each side. Boxes are mapped back.
+    cfg.INPUT.HEAD_CROP = False
     # Folder in which decoded slices of compressed DICOM files are kept. "": none.
     cfg.INPUT.CACHE_DIR = ""
     cfg.INPUT.AUG = CN()

@@ -51,7 +51,7 @@ with quiet_imports():
     from ich_det2.engine import IchTrainer
     from ich_det2.engine.anchors import anchor_settings
     from ich_det2.engine.checks import thaw_without_weights
-    from ich_det2.engine.config import context_settings, load_config
+    from ich_det2.engine.config import dataset_settings, load_config
     from ich_det2.evaluation.diagnosis import (
         confusion_at_thresholds,
         diagnosis_metrics,
@@ -422,7 +422,7 @@ def loader(args) -> None:
     for workers in args.workers:
         opts = ["DATASETS.ICH_ROOT", str(args.data), "DATALOADER.NUM_WORKERS", str(workers)]
         cfg = load_config(args.config_file, [*opts, "SEED", "1", *args.opts])
-        register_ich_datasets(args.data, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
+        register_ich_datasets(args.data, cfg.DATASETS.ICH_CLASSES, **dataset_settings(cfg))
         batches = iter(IchTrainer.build_train_loader(cfg))
         # What workers have read ahead is not counted.
         for _ in range(2 + 2 * workers):

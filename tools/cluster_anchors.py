@@ -121,7 +121,9 @@ def run(args) -> None:
     for key in ("METHOD", "NUM_SIZES", "NUM_RATIOS", "RATIO_SPACE"):
         value = getattr(args, key.lower())
         clusters[key] = clusters[key] if value is None else value
-    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES)
+    register_ich_datasets(
+        cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, head_crop=cfg.INPUT.HEAD_CROP
+    )
     boxes_wh = training_boxes_wh(cfg)
     candidates = cluster_all(cfg, boxes_wh)
     settings = anchor_settings(cfg, clustered_anchors(cfg, boxes_wh))

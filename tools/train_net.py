@@ -37,7 +37,7 @@ with quiet_imports():
     from ich_det2.data import register_ich_datasets
     from ich_det2.engine import IchCheckpointer, IchTrainer
     from ich_det2.engine.checks import check_config, check_processes
-    from ich_det2.engine.config import context_settings, load_config
+    from ich_det2.engine.config import dataset_settings, load_config
     from ich_det2.engine.operating_point import find_operating_point
     from ich_det2.engine.report import write_reports
     from ich_det2.engine.run_folder import RunFolder
@@ -54,7 +54,7 @@ def train(args, cfg, stopped=None) -> dict:
     """
     silence_libraries()
     # Spawned processes start with empty registries of data.
-    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **dataset_settings(cfg))
     if args.eval_only:
         return evaluate(args, cfg)
     run = RunFolder(cfg.OUTPUT_DIR)

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from .context import find_context, find_places
+from .crop import find_tree_crops
 from .dicom import check_dicom
 from .pictures import check_picture, is_picture
 from .tree import SPLITS, VocTree, image_size
@@ -25,6 +26,7 @@ def register_ich_voc(
     *,
     context: int = 0,
     by_name: bool = False,
+    head_crop: bool = False,
 ) -> None:
     """Registers a split of a VOC tree; nothing is read until the dataset is asked for.
 
@@ -33,13 +35,16 @@ def register_ich_voc(
         root: folder with ``Annotations/*.xml``, ``DICOM/*.dcm`` or ``JPEGImages/*``,
             ``ImageSets/Main/<split>.txt`` and, if at hand, ``patients.csv``.
         split: name of the list in ``ImageSets/Main``.
-        classes, context, by_name: see :func:`load_ich_voc`.
+        classes, context, by_name, head_crop: see :func:`load_ich_voc`.
     """
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     DatasetCatalog.register(
-        name, lambda: load_ich_voc(root, split, classes, context=context, by_name=by_name)
+        name,
+        lambda: load_ich_voc(
+            root, split, classes, context=context, by_name=by_name, head_crop=head_crop
+        ),
     )
     MetadataCatalog.get(name).set(thing_classes=list(classes), split=split)
 
@@ -50,6 +55,7 @@ def register_ich_datasets(
     *,
     context: int = 0,
     by_name: bool = False,
+    head_crop: bool = False,
 ) -> None:
     """Registers ``ich_<list>`` for each list in ``ImageSets/Main`` of a VOC tree.
 
@@ -58,7 +64,15 @@ def register_ich_datasets(
     """
     lists = VocTree(root).lists if Path(root).is_dir() else ()
     for split in dict.fromkeys((*SPLITS, *lists)):
-        register_ich_voc(f"ich_{split}", root, split, classes, context=context, by_name=by_name)
+        register_ich_voc(
+            f"ich_{split}",
+            root,
+            split,
+            classes,
+            context=context,
+            by_name=by_name,
+            head_crop=head_crop,
+        )
 
 
 def load_ich_voc(
@@ -68,6 +82,7 @@ def load_ich_voc(
     *,
     context: int = 0,
     by_name: bool = False,
+    head_crop: bool = False,
 ) -> list[dict]:
     """Reads a split of a VOC tree.
 
@@ -79,6 +94,7 @@ def load_ich_voc(
         context: neighbours on either side, which become channels (INPUT.CONTEXT_SLICES) or a
             sequence (INPUT.SEQUENCE_SLICES).
         by_name: see :func:`find_context`.
+        head_crop: see :func:`find_tree_crops` (INPUT.HEAD_CROP).
 
     Returns:
         Dataset dicts in the list's order: ``file_name``, ``image_id`` (the file's stem),
@@ -86,7 +102,8 @@ def load_ich_voc(
         slice; boxes XYXY_ABS, 0-based pixel edges), ``image_label`` (what
         ``labels.csv`` says, else 1 if there is a box); where the place is known ``series`` and
         ``position_mm``, see :func:`find_places`; with context ``context_files``, pairs of file name
-        and None, see :func:`find_context`.
+        and None, see :func:`find_context`; with head_crop ``crop``, where there is a head:
+        (x0, y0, x1, y1), pixel edges of the whole slice.
 
     Raises:
         FileNotFoundError: if the root, the list, or an image or annotation is not there.
@@ -102,6 +119,7 @@ def load_ich_voc(
     image_ids = tree.read_list(split)
     beside = find_context(tree, context, by_name=by_name) if context else {}
     places = find_places(tree, image_ids, by_name=by_name)
+    crops = find_tree_crops(tree, image_ids) if head_crop else {}
     dicts = []
     for image_id in image_ids:
         try:
@@ -141,6 +159,8 @@ def load_ich_voc(
             dicts[-1]["series"], dicts[-1]["position_mm"] = places[image_id]
         if context:
             dicts[-1]["context_files"] = [(str(tree.images[i]), None) for i in beside[image_id]]
+        if image_id in crops:
+            dicts[-1]["crop"] = crops[image_id]
     if not tree.patients and all(d["patient_id"] == d["image_id"] for d in dicts):
         logger.warning(
             "%s has no patients.csv: each image counts as a patient of its own in the diagnosis.",

@@ -129,12 +129,14 @@ class IchDatasetMapper:
         """
         Args:
             dataset_dict: see ``load_ich_voc``; "frame" may name a frame of a DICOM file of
-                several; "shift_scale" (of ``expand_dataset``) is applied before the augmentations.
+                several; "crop" (of ``find_crops``), of which all else sees no more than is in it,
+                and "shift_scale" (of ``expand_dataset``) are applied before the augmentations.
 
         Returns:
             A copy with "image", float32 (3, H, W) in 0..255; with ``sequence_slices`` "sequence",
             float32 (2 ``sequence_slices`` + 1, 3, H, W), the slices before, itself and those after,
-            all transformed alike; and in training "instances".
+            all transformed alike; and in training "instances". "height" and "width" are those of
+            the whole slice, to which ``uncrop`` maps boxes back.
 
         Raises:
             ValueError: naming the file, if it cannot be read.
@@ -149,7 +151,12 @@ class IchDatasetMapper:
 
         aug_input = T.AugInput(image)
         transforms = T.TransformList([])
-        height, width = image.shape[:2]
+        if (crop := dataset_dict.get("crop")) is not None:
+            x0, y0, x1, y1 = crop
+            cut = T.CropTransform(x0, y0, x1 - x0, y1 - y0)
+            aug_input.transform(cut)
+            transforms += cut
+        height, width = aug_input.image.shape[:2]
         if (square_height := round(height * ratio)) != height:
             # As round as the head is; a detector's boxes are scaled back along each axis.
             square = T.ResizeTransform(height, width, square_height, width)

@@ -145,8 +145,9 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
     """Widths and heights of the boxes of datasets at the network's input in training.
 
     Returns:
-        (M, 2), network-input pixels, after the resize of pixels that are not square, and that to
-        the middle of ``INPUT.MIN_SIZE_TRAIN``.
+        (M, 2), network-input pixels, after the crop to the head, the resize of pixels that are not
+        square, and that to the middle of ``INPUT.MIN_SIZE_TRAIN``. A box that the crop leaves
+        nothing of is none.
     """
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     short_edge = sizes if isinstance(sizes, int) else int(round(np.median(sizes)))
@@ -158,15 +159,18 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
             path, ratio = d["file_name"], 1.0
             if path.lower().endswith(".dcm"):  # the mapper makes the pixels square first
                 ratio = pixel_ratio(read_spacing(path))
-            height = round(d["height"] * ratio)
+            left, top, right, bottom = d.get("crop", (0, 0, d["width"], d["height"]))
+            height = round((bottom - top) * ratio)
             resized, _ = ResizeShortestEdge.get_output_shape(
-                height, d["width"], short_edge, cfg.INPUT.MAX_SIZE_TRAIN
+                height, right - left, short_edge, cfg.INPUT.MAX_SIZE_TRAIN
             )
             scale = resized / height
             for a in d["annotations"]:
                 box = np.array([a["bbox"]], dtype=float)
-                ((_, _, w, h),) = BoxMode.convert(box, a["bbox_mode"], BoxMode.XYWH_ABS)
-                boxes.append((w * scale, h * ratio * scale))
+                ((x0, y0, x1, y1),) = BoxMode.convert(box, a["bbox_mode"], BoxMode.XYXY_ABS)
+                w, h = min(x1, right) - max(x0, left), min(y1, bottom) - max(y0, top)
+                if w > 0 and h > 0:
+                    boxes.append((w * scale, h * ratio * scale))
     return np.array(boxes).reshape(-1, 2)
 
 

@@ -23,7 +23,7 @@ from .anchors import fill_anchors, take_trained_anchors
 from .checkpoint import IchCheckpointer
 from .config import (
     class_count_key,
-    context_settings,
+    dataset_settings,
     differences,
     first_line,
     flatten,
@@ -266,7 +266,7 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
 
 def _check_data(cfg: CfgNode, eval_only: bool) -> None:
     """Data sets are there and fit the model, their images can be read; says who is in two roles."""
-    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **context_settings(cfg))
+    register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **dataset_settings(cfg))
     roles = ("TEST",) if eval_only else ROLES
     if eval_only and not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty, expected the data set to evaluate on.")

@@ -158,9 +158,14 @@ def _derives(cfg: CfgNode, architecture: type | tuple[type, ...]) -> bool:
 
 
 def context_settings(cfg: CfgNode) -> dict:
-    """Which neighbours the mapper asks for, as arguments of :func:`register_ich_datasets`."""
+    """Which neighbours the mapper asks for, as arguments of :func:`find_slices`."""
     sequence = cfg.INPUT.SEQUENCE_SLICES
     return {"context": sequence or cfg.INPUT.CONTEXT_SLICES, "by_name": sequence > 0}
+
+
+def dataset_settings(cfg: CfgNode) -> dict:
+    """What the mapper asks of a dataset, as arguments of :func:`register_ich_datasets`."""
+    return {**context_settings(cfg), "head_crop": cfg.INPUT.HEAD_CROP}
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 
 from ..data.augmentation import expand_dataset
+from ..data.crop import uncrop
 from ..data.mapper import IchDatasetMapper
 from ..data.samplers import PositiveShareSampler
 from ..evaluation.evaluator import DiagnosisEvaluator
@@ -191,7 +192,7 @@ class IchTrainer(DefaultTrainer):
             use_fast_impl=False,
             allow_cached_coco=False,
         )
-        return DatasetEvaluators([coco, diagnosis])
+        return _Evaluators([coco, diagnosis])
 
     def build_hooks(self) -> list:
         cfg = with_datasets(self.cfg, self.cfg.DATASETS.VAL)
@@ -258,6 +259,13 @@ def without_unlearnable(cfg, dataset: list[dict]) -> list[dict]:
             len(dataset) - len(kept),
         )
     return kept
+
+
+class _Evaluators(DatasetEvaluators):
+    """Evaluators that see boxes on whole slices."""
+
+    def process(self, inputs, outputs):
+        super().process(inputs, uncrop(inputs, outputs))
 
 
 def with_datasets(cfg, names):

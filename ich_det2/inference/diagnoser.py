@@ -4,7 +4,7 @@ Sizes: H, W are an image's rows and columns, M its boxes.
 """
 
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 
+from ..data.crop import Box, Entry, find_crops, uncrop
 from ..data.mapper import IchDatasetMapper
 from ..engine.anchors import needs_anchors
 from ..engine.checkpoint import load_trained
@@ -111,6 +112,7 @@ class Diagnoser:
         patient_rule: str = "any",
         smoothing: Sequence[float] = (),
         context: dict | None = None,
+        head_crop: bool = False,
         facts: dict | None = None,
     ):
         """
@@ -123,6 +125,7 @@ class Diagnoser:
             patient_rule: see ``patient_scores``.
             smoothing: weights of ``smooth_scores``; none leaves the scores as they are.
             context: which neighbours the mapper asks for, arguments of ``find_slices``.
+            head_crop: crop slices to the head, see :func:`find_crops`.
             facts: which model it is, for a person.
         """
         self.model = model
@@ -133,6 +136,7 @@ class Diagnoser:
         self.patient_rule = patient_rule
         self.smoothing = tuple(smoothing)
         self.context = context or {}
+        self.head_crop = head_crop
         self.facts = facts or {}
 
     @classmethod
@@ -172,6 +176,7 @@ class Diagnoser:
             patient_rule=patient_rule,
             smoothing=smoothing,
             context=context_settings(cfg),
+            head_crop=cfg.INPUT.HEAD_CROP,
             facts={
                 "run": Path(cfg.OUTPUT_DIR).name,
                 "weights": weights.name,
@@ -186,7 +191,7 @@ class Diagnoser:
         """
         Args:
             slices: of :func:`find_slices`. Not more of them than a few batches are in memory at a
-                time.
+                time. With ``head_crop`` those of a series are cropped alike.
 
         Yields:
             For each slice in its order what was found, or why it cannot be decoded (in words that
@@ -210,8 +215,8 @@ class Diagnoser:
         pool = ThreadPoolExecutor(_READERS)
         try:
             pending = deque()
-            for entry in slices:
-                pending.append(pool.submit(self._read, entry))
+            for entry, crop in self._with_crops(slices):
+                pending.append(pool.submit(self._read, entry, crop))
                 if len(pending) > 2 * self.batch_size:
                     yield pending.popleft().result()
             while pending:
@@ -219,9 +224,21 @@ class Diagnoser:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, entry: Slice) -> dict | ValueError:
+    def _with_crops(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, Box | None]]:
+        """Slices and their crops; the head of a series is looked for when its first one is due."""
+        slices = list(slices) if self.head_crop else slices
+        series: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+        crops: dict[Entry, Box] = {}
+        for s in slices if self.head_crop else ():
+            series[s.patient, s.series].append((os.fspath(s.path), s.frame))
+        for s in slices:
+            if members := series.pop((s.patient, s.series), None):
+                crops |= find_crops([members])
+            yield s, crops.get((os.fspath(s.path), s.frame))
+
+    def _read(self, entry: Slice, crop: Box | None) -> dict | ValueError:
         context = entry.context_files
-        inputs = {"file_name": os.fspath(entry.path), "frame": entry.frame}
+        inputs = {"file_name": os.fspath(entry.path), "frame": entry.frame, "crop": crop}
         try:
             return self.mapper(inputs | {"context_files": context})
         except Exception as error:  # decoders answer damage with many kinds of errors
@@ -232,7 +249,7 @@ class Diagnoser:
         outputs = iter(())
         if inputs:
             with torch.inference_mode():
-                outputs = iter(self.model(inputs))
+                outputs = iter(uncrop(inputs, self.model(inputs)))
         for item in items:
             yield _detections(item, next(outputs)) if isinstance(item, dict) else item
 

@@ -261,7 +261,7 @@ def _group(sources: Sequence[_Source]) -> list[CTSeries]:
     pictures = defaultdict(list)
     for s in sorted(sources, key=lambda s: _natural(s.name)):
         if s.kind == "picture" and not s.fault:
-            name, position = s.place if not math.isnan(s.place[1]) else ("", math.nan)
+            name, position = s.place
             pictures[s.patient, os.fspath(s.path.parent), name].append((s.path, position))
     for (patient, _, name), slices in sorted(pictures.items()):
         files, positions = zip(*slices)

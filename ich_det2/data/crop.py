@@ -1,0 +1,192 @@
+"""The head in a slice, and the crop to it: one for a series, so that the head does not jump.
+
+The head is looked for in a brain window, in DICOM as in pictures, so that both are cropped alike.
+H, W are a slice's rows and columns. Boxes and crops are x0, y0, x1, y1: edges of pixels, 0-based.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from .dicom import read_windowed
+from .inspection import DARK, WINDOW
+from .mapper import pixel_ratio
+from .pictures import is_picture, read_picture
+from .tree import VocTree
+
+logger = logging.getLogger(__name__)
+
+Entry = tuple[str, int | None]
+"""A file, and its 0-based frame if it holds several."""
+Box = tuple[int, int, int, int]
+
+MARGIN = 0.04
+"""Of the head's longer side, on each side of it."""
+
+THIN = 0.02
+"""Of the image's shorter side: what is thinner is no head but a couch, a headrest or a tube."""
+
+MIN_SHARE = 0.02
+"""Of the image: what is smaller is no head."""
+
+
+class Head(NamedTuple):
+    """The head in a slice.
+
+    Attributes:
+        box: around it, pixels.
+        area: pixels.
+        size: (H, W) of the slice.
+        ratio: height of the slice's pixels over their width.
+    """
+
+    box: Box
+    area: int
+    size: tuple[int, int]
+    ratio: float = 1.0
+
+
+def find_head(grey: np.ndarray, ratio: float = 1.0) -> Head | None:
+    """Finds the head in a slice: the largest connected part that is neither air nor thin.
+
+    Args:
+        grey: uint8 (H, W) of a brain window.
+        ratio: height of the pixels over their width.
+
+    Returns:
+        None if there is no such part.
+    """
+    side = max(3, round(THIN * min(grey.shape)))
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
+    # The median closes the holes that noise leaves in dark brain, which would grow by the opening.
+    tissue = (cv2.medianBlur(np.ascontiguousarray(grey), 5) > DARK).astype(np.uint8)
+    # Beyond the border is air, so that what lies along it is as thin as it looks.
+    tissue = cv2.morphologyEx(
+        tissue, cv2.MORPH_OPEN, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0
+    )
+    _, _, stats, _ = cv2.connectedComponentsWithStats(tissue, connectivity=4)
+    parts = stats[1:]
+    if not len(parts) or parts[:, cv2.CC_STAT_AREA].max() < MIN_SHARE * grey.size:
+        return None
+    x, y, width, height, area = map(int, parts[parts[:, cv2.CC_STAT_AREA].argmax()])
+    return Head((x, y, x + width, y + height), area, grey.shape, ratio)
+
+
+def crop_to(heads: Sequence[Head]) -> Box:
+    """The crop that holds the heads of all slices of a series, with a margin.
+
+    It is square in millimetres. Where it would reach beyond the image it is moved into it, and
+    where it is larger than the image it is cut.
+
+    Args:
+        heads: one or more, of slices of one size and ratio.
+    """
+    # At the vertex the largest part may be the couch, which lies beside the head of other slices.
+    x0, y0, x1, y1 = max(heads, key=lambda head: head.area).box
+    boxes = np.array([head.box for head in heads])
+    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    boxes = boxes[(x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)]
+    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+    (height, width), pixel = heads[0].size, np.array([1, heads[0].ratio])
+    side = ((high - low) * pixel).max() * (1 + 2 * MARGIN)
+    image = np.array([width, height])
+    sides = np.minimum(np.ceil(side / pixel), image)
+    start = np.clip(np.floor((low + high - sides) / 2), 0, image - sides)
+    left, top, right, bottom = map(int, [*start, *(start + sides)])
+    return left, top, right, bottom
+
+
+def find_crops(series: Iterable[Sequence[Entry]]) -> dict[Entry, Box]:
+    """The crop of each slice: that of its series, of slices of its size.
+
+    Each file is read once, and in this process not again as long as it stays as it is. One that
+    cannot be read, or shows no head, has no say.
+
+    Args:
+        series: the slices of each.
+
+    Returns:
+        Crops by slice; slices of a series without any head are left out.
+    """
+    crops: dict[Entry, Box] = {}
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for entries in series:
+            kinds: dict[tuple, list[tuple[Entry, Head | None]]] = defaultdict(list)
+            for entry, (head, kind) in zip(entries, pool.map(_look, entries), strict=True):
+                kinds[kind].append((entry, head))
+            for members in kinds.values():
+                if heads := [head for _, head in members if head is not None]:
+                    crops |= dict.fromkeys((entry for entry, _ in members), crop_to(heads))
+    return crops
+
+
+def find_tree_crops(tree: VocTree, images: Sequence[str]) -> dict[str, Box]:
+    """The crops of images of a VOC tree by image id: of their whole series, whatever its lists.
+
+    An image of which no series is known is cropped by itself; one of a series without any head is
+    left out.
+    """
+    start, wanted = time.perf_counter(), set(images)
+    series = [members for members, _ in tree.series() if wanted & set(members)]
+    known = {image for members in series for image in members}
+    series += [[image] for image in sorted(wanted - known)]
+    ids: dict[Entry, str] = {(os.fspath(tree.images[i]), None): i for s in series for i in s}
+    entries = {image: entry for entry, image in ids.items()}
+    found = find_crops([[entries[image] for image in members] for members in series])
+    crops = {ids[entry]: crop for entry, crop in found.items() if ids[entry] in wanted}
+    logger.info(
+        "INPUT.HEAD_CROP: looked for the head in %d slices of %d series in %.1f s; %d of %d images"
+        " are cropped.",
+        *(len(ids), len(series), time.perf_counter() - start, len(crops), len(wanted)),
+    )
+    return crops
+
+
+def uncrop(inputs: Sequence[dict], outputs: Sequence[dict]) -> Sequence[dict]:
+    """Maps boxes that a model found on cropped slices back to the slices.
+
+    Args:
+        inputs: of the mapper: "height" and "width" of the whole slice, and perhaps "crop".
+        outputs: of the model, whose "instances" are scaled to that height and width.
+
+    Returns:
+        The outputs, changed in place.
+    """
+    for item, output in zip(inputs, outputs, strict=True):
+        if item.get("crop") is None or "instances" not in output:
+            continue
+        x0, y0, x1, y1 = item["crop"]
+        boxes = output["instances"].pred_boxes
+        scale = boxes.tensor.new_tensor([(x1 - x0) / item["width"], (y1 - y0) / item["height"]] * 2)
+        boxes.tensor = boxes.tensor * scale + boxes.tensor.new_tensor([x0, y0] * 2)
+    return outputs
+
+
+def _look(entry: Entry) -> tuple[Head | None, tuple]:
+    """The head of a slice; and size and ratio, which slices with one crop share."""
+    try:
+        stat = os.stat(entry[0])
+        return _find(*entry, stat.st_mtime_ns, stat.st_size)
+    except Exception:  # decoders answer damage with many kinds of errors, and it is said elsewhere
+        return None, ()
+
+
+@lru_cache(maxsize=1 << 17)
+def _find(path: str, frame: int | None, *version: int) -> tuple[Head | None, tuple]:
+    if is_picture(path):
+        grey, ratio = read_picture(path), 1.0
+    else:
+        image, spacing_mm = read_windowed(Path(path), [WINDOW], frame)
+        grey, ratio = image[..., 0], pixel_ratio(spacing_mm)
+    return find_head(grey, ratio), (grey.shape, ratio)
