@@ -34,7 +34,7 @@ Box = tuple[int, int, int, int]
 MARGIN = 0.04
 """Of the head's longer side, on each side of it."""
 
-THIN = 0.02
+THIN = 0.03
 """Of the image's shorter side: what is thinner is no head but a couch, a headrest or a tube."""
 
 MIN_SHARE = 0.02
@@ -67,7 +67,7 @@ def find_head(grey: np.ndarray, ratio: float = 1.0) -> Head | None:
     Returns:
         None if there is no such part.
     """
-    side = max(3, round(THIN * min(grey.shape)))
+    side = 2 * max(1, round(THIN * min(grey.shape) / 2)) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     # The median closes the holes that noise leaves in dark brain, which would grow by the opening.
     tissue = (cv2.medianBlur(np.ascontiguousarray(grey), 5) > DARK).astype(np.uint8)

@@ -161,6 +161,7 @@ def load_ich_voc(
             dicts[-1]["context_files"] = [(str(tree.images[i]), None) for i in beside[image_id]]
         if image_id in crops:
             dicts[-1]["crop"] = crops[image_id]
+    _count_cut(dicts)
     if not tree.patients and all(d["patient_id"] == d["image_id"] for d in dicts):
         logger.warning(
             "%s has no patients.csv: each image counts as a patient of its own in the diagnosis.",
@@ -185,6 +186,23 @@ def check_images(dicts: Sequence[dict]) -> None:
                     f"{d['file_name']} is {width} x {height} pixels, but its annotation says"
                     f" {d['width']} x {d['height']}; the boxes were drawn on another image."
                 )
+
+
+def _count_cut(dicts: Sequence[dict]) -> None:
+    """Warns of boxes that crops take away: in training those bleeds would count as background."""
+    cut = []
+    for d in (d for d in dicts if "crop" in d):
+        left, top, right, bottom = d["crop"]
+        for x0, y0, x1, y1 in (a["bbox"] for a in d["annotations"]):
+            if not (left <= (x0 + x1) / 2 <= right and top <= (y0 + y1) / 2 <= bottom):
+                cut.append(d["file_name"])
+    if cut:
+        logger.warning(
+            "INPUT.HEAD_CROP: the middle of %d boxes lies outside of the head that was found, the"
+            " first of %s; look at these boxes, or switch the crop off.",
+            len(cut),
+            cut[0],
+        )
 
 
 def _checked_size(dataset_dict: dict) -> tuple[int, int]:

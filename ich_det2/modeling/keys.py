@@ -114,8 +114,8 @@ _POSITIVE_SHARE = "DATALOADER.POSITIVE_SHARE"
 _BOXES_ALONE = "the data have boxes alone"
 # Keys, or begins of keys, that nothing reads when a model is trained, and why.
 _NOT_READ = {
-    "INPUT.CROP.": "no part is drawn at random; use INPUT.AUG.SHIFT and INPUT.AUG.SCALE, or"
-    " INPUT.HEAD_CROP",
+    "INPUT.CROP.": "IchDatasetMapper does not crop at random; use INPUT.AUG.SHIFT and"
+    " INPUT.AUG.SCALE, or INPUT.HEAD_CROP",
     "INPUT.FORMAT": "the channels are those of INPUT.WINDOWS, in their order",
     "INPUT.MASK_FORMAT": _BOXES_ALONE,
     "TEST.AUG.": "each image is tested once, as it is",

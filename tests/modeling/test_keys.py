@@ -98,7 +98,7 @@ BATCH_NORM = ("MODEL.RESNETS.NORM", "BN")
         (FPN, ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"), "CLUSTERS.NUM_SIZES is 5"),
         (R50, ("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator",
                "MODEL.ANCHOR_GENERATOR.PAIRS", [[[9.0, 9.0]]]), "ClusteredAnchorGenerator does"),
-        (R50, ("INPUT.CROP.ENABLED", True), "use INPUT.AUG.SHIFT and INPUT.AUG.SCALE"),
+        (R50, ("INPUT.CROP.ENABLED", True), "use INPUT.AUG.SHIFT and INPUT.AUG.SCALE, or"),
         (R50, ("INPUT.CROP.SIZE", [0.5, 0.5]), "IchDatasetMapper does not crop"),
         (R50, ("TEST.AUG.ENABLED", True), "each image is tested once"),
         (R50, ("TEST.AUG.FLIP", False), "each image is tested once"),
