@@ -128,6 +128,14 @@ def test_one_crop_a_series_and_each_file_is_read_once(tmp_path, monkeypatch):
     assert find_crops([[first, second]])[first] == crops[first]
 
 
+def test_a_picture_and_its_dicom_slice_are_cropped_alike(tmp_path, write_ct):
+    grey = draw_head((120, 110), (70, 90), couch=True)
+    picture = save(tmp_path / "a.png", grey)
+    dicom = str(write_ct(tmp_path / "a.dcm", grey / 255 * 120 - 20)), None  # level 40, width 120
+    crops = find_crops([[picture], [dicom]])
+    np.testing.assert_allclose(crops[picture], crops[dicom], atol=1)
+
+
 @pytest.fixture
 def tree(voc_tree):
     """Two series over two lists and a picture of none; heads grow from slice to slice."""
