@@ -7,6 +7,7 @@ H, W are a slice's rows and columns. Boxes and crops are x0, y0, x1, y1: edges o
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import defaultdict
@@ -138,7 +139,8 @@ def find_tree_crops(tree: VocTree, images: Sequence[str]) -> dict[str, Box]:
     left out.
     """
     start, wanted = time.perf_counter(), set(images)
-    series = [members for members, _ in tree.series() if wanted & set(members)]
+    series = [part for members, _ in tree.series() for part in _parts(tree, members)]
+    series = [members for members in series if wanted & set(members)]
     known = {image for members in series for image in members}
     series += [[image] for image in sorted(wanted - known)]
     ids: dict[Entry, str] = {(os.fspath(tree.images[i]), None): i for s in series for i in s}
@@ -171,6 +173,15 @@ def uncrop(inputs: Sequence[dict], outputs: Sequence[dict]) -> Sequence[dict]:
         scale = boxes.tensor.new_tensor([(x1 - x0) / item["width"], (y1 - y0) / item["height"]] * 2)
         boxes.tensor = boxes.tensor * scale + boxes.tensor.new_tensor([x0, y0] * 2)
     return outputs
+
+
+def _parts(tree: VocTree, members: Sequence[str]) -> list[list[str]]:
+    """A series as a diagnosis has it, where pictures without a position are a series apart."""
+    parts: dict[bool, list[str]] = defaultdict(list)
+    for image in members:
+        by_table = is_picture(tree.images[image])
+        parts[by_table and math.isnan(tree.places[image][1])].append(image)
+    return list(parts.values())
 
 
 def _look(entry: Entry) -> tuple[Head | None, tuple]:

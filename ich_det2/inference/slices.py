@@ -262,8 +262,9 @@ def _group(sources: Sequence[_Source]) -> list[CTSeries]:
     for s in sorted(sources, key=lambda s: _natural(s.name)):
         if s.kind == "picture" and not s.fault:
             name, position = s.place
-            pictures[s.patient, os.fspath(s.path.parent), name].append((s.path, position))
-    for (patient, _, name), slices in sorted(pictures.items()):
+            key = (s.patient, os.fspath(s.path.parent), name, math.isnan(position))
+            pictures[key].append((s.path, position))
+    for (patient, _, name, _), slices in sorted(pictures.items()):
         files, positions = zip(*slices)
         series.append(
             CTSeries(

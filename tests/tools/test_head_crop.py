@@ -132,6 +132,7 @@ def test_training_evaluation_and_diagnosis_crop_alike(tree, fed, tiny_cfg, tmp_p
     "columns, rows, n_series",
     [
         ("image,patient,series,position_mm", ["a,p,1,0", "b,p,1,5", "c,p,2,0"], 2),
+        ("image,patient,series,position_mm", ["a,p,1,0", "b,p,1,", "c,p,1,5"], 2),
         ("image,patient,series", ["a,p,1", "b,p,1", "c,p,2"], 2),
         ("image,patient", ["a,p", "b,q", "c,p"], 2),
         ("", [], 3),
