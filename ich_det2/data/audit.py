@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..files import sha256
 from .inspection import read_grey
 from .tree import VocTree
 
@@ -29,7 +30,7 @@ class Leak:
     """Two images in different splits that should be in one.
 
     Attributes:
-        kind: "patient", "study", "SOP Instance UID" or "pixels".
+        kind: "patient", "study", "SOP Instance UID", "image id", "file" or "pixels".
         splits: the two splits.
         images: one image of each, by id.
         detail: how alike the pixels are, or how many images share the patient.
@@ -46,6 +47,7 @@ def find_leaks(
     names: Sequence[str],
     *,
     pixels: bool = True,
+    files: bool = False,
     track: Callable[[Iterable], Iterable] = iter,
 ) -> list[Leak]:
     """Compare the images of different lists.
@@ -57,6 +59,7 @@ def find_leaks(
         tree: the VOC tree.
         names: of its lists.
         pixels: compare pixels too, which reads every image.
+        files: look for identical files too, by their hashes.
         track: wraps the loop over images, for a bar of progress.
 
     Returns:
@@ -68,7 +71,7 @@ def find_leaks(
     """
     place = [(name, image) for name in names for image in tree.read_list(name)]
     keys: dict[str, list[tuple[str, str]]] = {
-        "patient": [], "study": [], "SOP Instance UID": [], "image id": [],
+        "patient": [], "study": [], "SOP Instance UID": [], "image id": [], "file": [],
     }  # fmt: skip
     thumbnails = []
     for _, image in track(place):
@@ -79,6 +82,7 @@ def find_leaks(
         keys["study"].append((listed_study if listed_study != listed_patient else "", header[1]))
         keys["SOP Instance UID"].append(("", header[2]))
         keys["image id"].append((image, ""))
+        keys["file"].append((sha256(tree.images[image]) if files else "", ""))
         if pixels:
             thumbnails.append(thumbnail(tree.images[image]))
     leaks = [leak for kind, values in keys.items() for leak in _shared(kind, values, place)]

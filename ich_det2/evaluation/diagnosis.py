@@ -234,6 +234,15 @@ def recall_at_specificity(y_true, y_score, specificity: float, weights=None) -> 
     return float(best) if weights is None else best
 
 
+def specificity_at_recall(y_true, y_score, recall: float, weights=None) -> float | np.ndarray:
+    """The highest specificity among thresholds whose recall is at least the one given.
+
+    NaN without both classes. Sizes as :func:`recall_at_specificity`.
+    """
+    y_true, y_score = _check(y_true, y_score)
+    return recall_at_specificity(~y_true, -y_score, recall, weights)
+
+
 # ---- hemorrhage types ------------------------------------------------------------------------
 
 

@@ -52,6 +52,39 @@ def bootstrap_by_group(
     Raises:
         ValueError: if there are no images.
     """
+    draws = _draws(statistic, groups, n_resamples, seed)
+    return _expanded(draws, statistic, groups, confidence)
+
+
+def paired_by_group(
+    difference: Callable[[np.ndarray], Sequence],
+    groups: Sequence,
+    *,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> np.ndarray:
+    """Intervals of differences as :func:`bootstrap_by_group`, and their two-sided p-values.
+
+    The p-value is twice the smaller share of the draws on either side of 0, those at 0 counted on
+    both, with one more draw on each: never less than 2 / (B + 1).
+
+    Args:
+        difference: as ``statistic`` there.
+        groups, n_resamples, confidence, seed: as there.
+
+    Returns:
+        (S, 3): low and high ends and p-value; NaN where no draw gave a number.
+    """
+    draws = _draws(difference, groups, n_resamples, seed)
+    n = (~np.isnan(draws)).sum(axis=1)
+    fewer = np.minimum((draws <= 0).sum(axis=1), (draws >= 0).sum(axis=1))
+    p_value = np.where(n > 0, np.minimum(1.0, 2 * (fewer + 1) / (n + 1)), np.nan)
+    return np.c_[_expanded(draws, difference, groups, confidence), p_value]
+
+
+def _draws(statistic, groups: Sequence, n_resamples: int, seed: int) -> np.ndarray:
+    """The statistic of each draw, (S, B)."""
     names, index = group_index(groups)
     if len(names) == 0:
         raise ValueError("expected at least one image, got none.")
@@ -64,7 +97,12 @@ def bootstrap_by_group(
         drawn += np.arange(size)[:, None] * len(names)
         counts = np.bincount(drawn.ravel(), minlength=size * len(names))
         parts.append(_values(statistic, counts.reshape(size, len(names)), index))
-    draws = np.concatenate(parts, axis=1)
+    return np.concatenate(parts, axis=1)
+
+
+def _expanded(draws: np.ndarray, statistic, groups: Sequence, confidence: float) -> np.ndarray:
+    """Expanded percentiles (S, 2) of draws (S, B)."""
+    names, index = group_index(groups)
     n = np.full(len(draws), len(names))
     if 2 < len(names) <= _FEW:
         n = np.maximum(_groups_that_matter(statistic, len(names), index), 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_csv
+from ..files import write_csv, write_json
 from .boxes import coco_precision, voc_average_precision
 from .diagnosis import group_index
 from .froc import HITS, froc_curve, match_detections
@@ -145,6 +145,16 @@ def write_predictions(predictions: Predictions, folder: Path) -> None:
             for box, name in zip(boxes, names)
         ]
         write_csv(folder / LESIONS, LESION_FIELDS, rows)
+
+
+def write_boxes(predictions: Predictions, folder: Path) -> None:
+    """Writes the predicted boxes as COCO results, beside :func:`write_predictions`."""
+    rows = [
+        {"image_id": image, "category_id": 0, "bbox": row[1:], "score": row[0]}
+        for image, boxes in zip(predictions.image_ids, predictions.boxes or ())
+        for row in boxes.tolist()
+    ]
+    write_json(folder / RESULTS, rows)
 
 
 def read_predictions(

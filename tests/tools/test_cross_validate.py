@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ich_det2.evaluation.diagnosis import roc_auc_score
+from ich_det2.evaluation.predictions import read_predictions
 from ich_det2.experiments import cells
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +28,19 @@ def tool():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def tree(full_tree):
+    """A full tree whose slices all differ."""
+    root = full_tree()
+    for n, image in enumerate("abcdefgh"):
+        path = root / f"JPEGImages/{image}.png"
+        with Image.open(path) as picture:
+            picture = picture.copy()
+        picture.putpixel((0, 0), n)
+        picture.save(path)
+    return root
 
 
 def rows_of(path):
@@ -51,12 +66,14 @@ def fake_cell(folder, scores):
     (folder / "done").touch()
 
 
-def test_cells_are_trained_pooled_and_not_run_again(tool, full_tree, tmp_path, monkeypatch):
-    root, out = full_tree(), tmp_path / "cv"
+def test_cells_are_trained_pooled_and_not_run_again(tool, tree, tmp_path, monkeypatch):
+    root, out = tree, tmp_path / "cv"
     form = ["--form", "plain", CONFIG, *SMALL]
     argv = [str(root), "--output", str(out), "--folds", "2", *form]
     assert tool.main(argv) == 0
-    scores = [rows_of(out / f"plain/fold{i}/inference/ich_test/image_scores.csv") for i in (0, 1)]
+    scores = [
+        rows_of(out / f"plain/seed0/fold{i}/inference/ich_test/image_scores.csv") for i in (0, 1)
+    ]
     # Every image is scored once, by a model that has not seen its patient.
     assert sorted(row["image_id"] for rows in scores for row in rows) == list("abcdefgh")
     for i, rows in enumerate(scores):
@@ -64,11 +81,14 @@ def test_cells_are_trained_pooled_and_not_run_again(tool, full_tree, tmp_path, m
         trained = set((out / f"folds/{i}/ImageSets/Main/train.txt").read_text().split())
         assert held | trained == set("abcdefgh") and not held & trained
         assert sum(row["label"] == "1" for row in rows) == 2
-        assert (out / f"plain/fold{i}/model_final.pth").is_file()
+        assert (out / f"plain/seed0/fold{i}/model_final.pth").is_file()
     (row,) = rows_of(out / "table.csv")
     pooled = [(int(r["label"]), float(r["score"])) for rows in scores for r in rows]
-    assert float(row["AUC"]) == roc_auc_score(*zip(*pooled))
-    assert (row["images"], row["folds"]) == ("8", "2")
+    assert float(row["AUC mean"]) == roc_auc_score(*zip(*pooled))
+    assert (row["images"], row["folds"], row["seeds"]) == ("8", "2", "1")
+    found = read_predictions(out / "plain/seed0/pooled")
+    assert found.image_ids == list("abcdefgh") and found.boxes is not None
+    assert sum(map(len, found.true_boxes)) == 4
 
     def refuse(*args, **kwargs):
         raise AssertionError("a finished cell was run again")
@@ -77,24 +97,83 @@ def test_cells_are_trained_pooled_and_not_run_again(tool, full_tree, tmp_path, m
     assert tool.main(argv) == 0
 
 
-def test_the_table_compares_with_the_first_form(tool, full_tree, tmp_path):
-    root, out = full_tree(), tmp_path / "cv"
+def test_the_tables_compare_with_the_first_form(tool, tree, tmp_path):
+    out = tmp_path / "cv"
     labels = dict(zip("abcdefgh", (1, 0) * 4))
-    for name, good in (("one", 0.5), ("two", 1.0)):
-        for fold, ids in enumerate(("abcd", "efgh")):
-            # In "one" bleeding and healthy slices score the same, in "two" all are told apart.
-            scores = {i: (labels[i], good if labels[i] else 0.5) for i in ids}
-            fake_cell(out / name / f"fold{fold}", scores)
+    for name, good in (("one", (0.5, 0.5)), ("two", (1.0, 0.5))):
+        for seed in (0, 1):
+            for fold, ids in enumerate(("abcd", "efgh")):
+                # In "two", seed 0 tells all apart; elsewhere all slices score the same.
+                scores = {i: (labels[i], good[seed] if labels[i] else 0.5) for i in ids}
+                fake_cell(out / f"{name}/seed{seed}/fold{fold}", scores)
     forms = [x for name in ("one", "two") for x in ("--form", name, CONFIG)]
-    assert tool.main([str(root), "--output", str(out), "--folds", "2", *forms]) == 0
+    argv = [str(tree), "--output", str(out), "--folds", "2", "--seeds", "0", "1", *forms]
+    assert tool.main([*argv, "--report-only"]) == 0
     one, two = rows_of(out / "table.csv")
-    assert (float(one["AUC"]), float(two["AUC"])) == (0.5, 1.0)
-    assert (float(one["recall @ specificity 0.90"]), float(two["specificity"])) == (0.0, 0.0)
-    assert one["AUC difference"] == "" and two["AUC difference"] == "+0.500 [+0.500, +0.500]"
-    assert float(two["mean k"]) == 1.5
-    # Four true boxes, all found; false ones of healthy slices are ranked below those of "two".
-    assert float(two["AP50"]) == 1.0 and float(two["box recall"]) == 1.0
-    assert float(one["AP50"]) < 1.0
+    assert (one["seeds"], one["folds"], one["images"]) == ("2", "2", "8")
+    # AUC 1 and 0.5: their mean, and 0.5 / sqrt(2).
+    assert (float(one["AUC mean"]), float(two["AUC mean"])) == (0.5, 0.75)
+    assert float(two["AUC sd"]) == pytest.approx(0.5 / 2**0.5)
+    assert float(two["mean k mean"]) == 1.5
+    assert [row["AUC"] for row in rows_of(out / "seeds.csv")] == ["0.5", "0.5", "1.0", "0.5"]
+    row = rows_of(out / "differences.csv")[0]
+    assert (row["form"], row["seeds"], row["metric"]) == ("two", "2", "AUC")
+    # Each seed is drawn with the same patients: +0.5 and 0, whoever is drawn.
+    assert [float(row[key]) for key in ("difference", "low", "high")] == [0.25] * 3
+    types, sizes = rows_of(out / "by_type.csv"), rows_of(out / "by_size.csv")
+    assert [row["form"] for row in types] == ["one", "two"] and types[0]["boxes"] == "4.0"
+    # Four boxes of 10 x 10: all in the lowest third.
+    assert [(row["size"], row["boxes"]) for row in sizes[:2]] == [
+        ("small", "4.0"),
+        ("medium", "0.0"),
+    ]
+    text = (out / "table.md").read_text()
+    assert "0.750 ± 0.354" in text and "## Differences to one" in text
+
+
+def test_seeds_are_trainings_of_their_own(tool, tree, tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, **kwargs):
+        ran.append((command[command.index("SEED") + 1], command[command.index("OUTPUT_DIR") + 1]))
+        return type("Process", (), {"wait": lambda self: 0})()
+
+    monkeypatch.setattr(cells.subprocess, "Popen", run)
+    monkeypatch.setattr(tool, "write_tables", lambda args: None)
+    out = tmp_path / "cv"
+    argv = [str(tree), "--output", str(out), "--folds", "2", "--seeds", "3", "5", "--only", "1"]
+    assert tool.main([*argv, "--form", "a", CONFIG, "--report-only"]) == 0 and not ran
+    assert tool.main([*argv, "--form", "a", CONFIG]) == 0
+    assert ran == [(str(s), str(out / f"a/seed{s}/fold1")) for s in (3, 5)]
+
+
+def test_a_planted_leak_is_found_before_anything_is_trained(
+    tool, tree, tmp_path, capsys, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a fold that leaks was trained on")
+
+    monkeypatch.setattr(tool, "run_cells", refuse)
+
+    def error(output):
+        argv = [str(tree), "--output", str(tmp_path / output), "--folds", "2"]
+        assert tool.main([*argv, "--form", "a", CONFIG]) == 2
+        return capsys.readouterr().err
+
+    clean = [str(tree), "--output", str(tmp_path / "list"), "--folds", "2", "--report-only"]
+    assert tool.main([*clean, "--form", "a", CONFIG]) == 0
+    # An image of the fold that is scored is trained on.
+    lists = tmp_path / "list/folds/0/ImageSets/Main"
+    image = (lists / "test.txt").read_text().split()[0]
+    with open(lists / "train.txt", "a") as file:
+        file.write(f"{image}\n")
+    assert f"'{image}' and '{image}' are of the same patient on two sides" in error("list")
+    # A patient under two names, given away by the identical picture.
+    other = (lists / "train.txt").read_text().split()[0]
+    pictures = tree / "JPEGImages"
+    (pictures / f"{image}.png").write_bytes((pictures / f"{other}.png").read_bytes())
+    message = error("picture")
+    assert "are of the same file on two sides" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -105,6 +184,7 @@ def test_the_table_compares_with_the_first_form(tool, full_tree, tmp_path):
         (["--form", "a", CONFIG, "SOLVER.MAX_ITER"], "expected a config file and KEY VALUE pairs"),
         (["--form", "a", "no_such.yaml"], "no_such.yaml' is no file"),
         (["--form", "a", CONFIG, "NO.SUCH", "1"], "NO.SUCH"),
+        (["--form", "a", CONFIG, "SEED", "1"], "SEED is given by --seeds"),
     ],
 )
 def test_wrong_forms_are_one_sentence(tool, full_tree, tmp_path, capsys, forms, message):
@@ -120,7 +200,7 @@ def test_images_without_patient_are_an_error(tool, voc_tree, tmp_path, capsys):
 
 
 def test_a_failed_cell_is_reported_and_does_not_stop_the_others(
-    tool, full_tree, tmp_path, capsys, monkeypatch
+    tool, tree, tmp_path, capsys, monkeypatch
 ):
     ran = []
 
@@ -130,10 +210,10 @@ def test_a_failed_cell_is_reported_and_does_not_stop_the_others(
         return type("Process", (), {"wait": lambda self: int(folder.name == "fold0")})()
 
     monkeypatch.setattr(cells.subprocess, "Popen", run)
-    monkeypatch.setattr(tool, "write_table", lambda args: None)
-    argv = [str(full_tree()), "--output", str(tmp_path / "cv"), "--folds", "2"]
+    monkeypatch.setattr(tool, "write_tables", lambda args: None)
+    argv = [str(tree), "--output", str(tmp_path / "cv"), "--folds", "2"]
     assert tool.main([*argv, "--form", "a", CONFIG]) == 1
     assert ran == ["fold0", "fold1"]
     assert "fold0: exit code 1" in "".join(capsys.readouterr().out.split("\n"))
-    done = [(tmp_path / f"cv/a/fold{i}/done").exists() for i in (0, 1)]
+    done = [(tmp_path / f"cv/a/seed0/fold{i}/done").exists() for i in (0, 1)]
     assert done == [False, True]
