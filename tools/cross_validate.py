@@ -206,13 +206,16 @@ def differences(pooled: Sequence[Pooled], reference: Sequence[Pooled]) -> list[d
     return [{"form": pooled[0].form, "seeds": len(pairs), **row} for row in rows]
 
 
-def mean_rows(form: str, tables: Sequence[list[dict]], axis: str) -> list[dict]:
-    """Tables of several seeds as one: the mean of each number, by the rows' value of an axis."""
-    rows = []
-    for same in zip(*tables):
-        means = {key: spread([row[key] for row in same])["mean"] for key in same[0] if key != axis}
-        rows.append({"form": form, axis: same[0][axis], **means})
-    return rows
+def mean_rows(form: str, tables: Sequence[list[dict]]) -> list[dict]:
+    """Tables of several seeds as one: the mean of each number that is no count."""
+    return [
+        {"form": form}
+        | {
+            key: spread([row[key] for row in same])["mean"] if isinstance(value, float) else value
+            for key, value in same[0].items()
+        }
+        for same in zip(*tables)
+    ]
 
 
 def write_tables(args) -> None:
@@ -247,8 +250,8 @@ def write_tables(args) -> None:
         }
         if pooled is not reference:
             tables["differences"] += differences(pooled, reference)
-        tables["by_type"] += mean_rows(form, [p.yardstick.by_type() for p in pooled], "type")
-        tables["by_size"] += mean_rows(form, [p.yardstick.by_size() for p in pooled], "size")
+        tables["by_type"] += mean_rows(form, [p.yardstick.by_type() for p in pooled])
+        tables["by_size"] += mean_rows(form, [p.yardstick.by_size() for p in pooled])
     for name, rows in tables.items():
         write_csv(args.output / f"{name}.csv", _fields(rows), rows)
     names = dict.fromkeys(key for column in columns.values() for key in column)

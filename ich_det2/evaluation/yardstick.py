@@ -119,7 +119,7 @@ class Yardstick:
 
     def _recalls(self, chosen: np.ndarray) -> dict[str, float]:
         """Recall of the chosen true boxes (G,)."""
-        row: dict[str, float] = {"boxes": int(chosen.sum())}
+        row: dict = {"boxes": int(chosen.sum())}
         if self.has_boxes and chosen.any():
             row |= {_box_recall(u): float((self.best_iou[chosen] >= u).mean()) for u in BOX_IOUS}
         return row

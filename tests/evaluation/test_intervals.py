@@ -14,6 +14,7 @@ from ich_det2.evaluation.intervals import (
     bootstrap_by_group,
     delong_covariance,
     delong_interval,
+    paired_by_group,
     wilson_by_group,
     wilson_interval,
 )
@@ -273,3 +274,21 @@ def test_all_found_is_no_certainty_and_counts_the_patients():
     assert high == 1 and 0.6 < low < wilson_interval(10, 10)[0]
     assert np.isnan(wilson_by_group(np.ones(5), np.ones(5), ["p"] * 5)).all()
     assert np.isnan(wilson_by_group([False] * 2, [False] * 2, ["p", "q"])).all()
+
+
+def test_paired_p_values_by_hand():
+    groups = ["a", "b"]
+
+    def difference(weights):
+        # +1 of one group, -1 of the other: 2, 0 or -2; then always 1; then nothing.
+        return [weights @ [1, -1], np.ones(len(weights)), np.full(len(weights), np.nan)]
+
+    even, sure, nothing = paired_by_group(difference, groups, n_resamples=199)
+    # Each side of 0 holds about 3 of 4 draws, those at 0 on both.
+    assert even[2] == 1
+    # No draw on the other side: 2 (0 + 1) / (199 + 1).
+    assert sure.tolist() == [1, 1, 0.01]
+    assert np.isnan(nothing).all()
+    assert paired_by_group(difference, groups)[0, :2].tolist() == (
+        bootstrap_by_group(difference, groups)[0].tolist()
+    )

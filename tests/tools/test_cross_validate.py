@@ -121,11 +121,11 @@ def test_the_tables_compare_with_the_first_form(tool, tree, tmp_path):
     # Each seed is drawn with the same patients: +0.5 and 0, whoever is drawn.
     assert [float(row[key]) for key in ("difference", "low", "high")] == [0.25] * 3
     types, sizes = rows_of(out / "by_type.csv"), rows_of(out / "by_size.csv")
-    assert [row["form"] for row in types] == ["one", "two"] and types[0]["boxes"] == "4.0"
+    assert [row["form"] for row in types] == ["one", "two"] and types[0]["boxes"] == "4"
     # Four boxes of 10 x 10: all in the lowest third.
     assert [(row["size"], row["boxes"]) for row in sizes[:2]] == [
-        ("small", "4.0"),
-        ("medium", "0.0"),
+        ("small", "4"),
+        ("medium", "0"),
     ]
     text = (out / "table.md").read_text()
     assert "0.750 ± 0.354" in text and "## Differences to one" in text
