@@ -32,7 +32,8 @@ def make(tiny_cfg):
 
     def make(*opts, config=DIAGNOSIS):
         torch.manual_seed(0)
-        return build_model(tiny_cfg(*opts, "MODEL.TIMM.FREEZE_BN", True, config=config)).train()
+        fixed = ("MODEL.TIMM.FREEZE_BN", True, "MODEL.IMAGE_HEAD.DROPOUT", 0.0)
+        return build_model(tiny_cfg(*fixed, *opts, config=config)).train()
 
     return make
 
