@@ -67,7 +67,7 @@ def combine_runs(
         for own in settings
     ]
     cfg.MODEL.ENSEMBLE.FLIP, cfg.MODEL.ENSEMBLE.IOU_THRESHOLD = flip, iou_threshold
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.WEIGHTS = "EnsembleRCNN", ""
+    cfg.MODEL.META_ARCHITECTURE = "EnsembleRCNN"
     cfg.OUTPUT_DIR = str(output)
     if threshold is not None:
         cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD = threshold

@@ -67,6 +67,7 @@ def test_it_is_evaluated_and_diagnosed_as_one(runs, tree, tmp_path):
 
     argv = ["--config-file", str(out / "config.yaml"), "--eval-only", "OUTPUT_DIR", str(out)]
     assert train_net.main([*argv, "MODEL.WEIGHTS", str(out / "model_final.pth")]) == 0
+    assert not (out / "what_if").exists()
     found = scores(out / "inference/ich_test/image_scores.csv", "image_id")
     members = [scores(run / "inference/ich_test/image_scores.csv", "image_id") for run in runs]
     for image, score in found.items():
