@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Diagnoses head CT with a trained model: DICOM or windowed images in, an answer to check out.
 
+    python tools/diagnose.py zoo://ct-ich path/to/exam --output diagnosis
     python tools/diagnose.py output/csfrcnn_r50 path/to/exam --output diagnosis
 
+The model is OUTPUT_DIR of a training or, by zoo://NAME, one that comes with the package.
 In DIR: slices.csv and patients.csv with scores and verdicts, diagnosis.json with the boxes and the
 files that were skipped and why, and overlays/<patient>/<series>-<slice>.png of the positive slices
 and of each patient's highest scored one. A classifier gives scores without boxes. A patient with a
@@ -44,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     # An empty line is no argument; as a path it would be the current folder.
     parser.convert_arg_line_to_args = lambda line: [line.strip()] if line.strip() else []
-    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="OUTPUT_DIR of a training")
+    parser.add_argument("model", metavar="MODEL", help="OUTPUT_DIR of a training, or zoo://NAME")
     parser.add_argument(
         "inputs",
         type=Path,
@@ -102,8 +104,12 @@ def run(args: argparse.Namespace) -> None:
     status = Console(stderr=True)
     check_outputs(args.output, args.inputs, key=args.key, force=args.force)
     model = Diagnoser.load(args.model, device=args.device, batch_size=args.batch_size)
-    weights = args.model / model.facts["weights"]
-    status.print(f"Model: {weights}", markup=False, highlight=False, soft_wrap=True)
+    status.print(
+        f"Model: {args.model} ({model.facts['weights']})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     with progress_bar(status) as progress:
         diagnosis = diagnose(
             args.inputs,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..evaluation.smoothing import smooth_scores
+from ..zoo import DEFAULT
 from .diagnoser import Detections, Diagnoser
 from .results import (
     Diagnosis,
@@ -22,7 +23,7 @@ from .slices import Skipped, Slice, find_slices
 
 def diagnose(
     paths: str | os.PathLike | Sequence[str | os.PathLike],
-    model: str | os.PathLike | Diagnoser,
+    model: str | os.PathLike | Diagnoser = DEFAULT,
     *,
     threshold: float | None = None,
     device: str = "",
@@ -35,7 +36,9 @@ def diagnose(
 
     Args:
         paths: a DICOM file, a PNG or JPEG that is windowed already, a folder of them, or several.
-        model: OUTPUT_DIR of a training, or a ``Diagnoser.load`` of it, which a service loads once.
+        model: OUTPUT_DIR of a training, ``zoo://NAME`` of one that comes with the package (see its
+            model card in ``ich_det2/zoo/``), or a ``Diagnoser.load`` of it, which a service loads
+            once.
         threshold: positive at this score and above; the model's operating point if None.
         device: "cpu" or "cuda"; a GPU if there is any.
         identify: keep Patient IDs and UIDs in what is written, and in names of files.

@@ -23,6 +23,7 @@ from ..engine.config import context_settings
 from ..engine.operating_point import find_operating_point
 from ..engine.run_folder import EXPECTED, RunFolder
 from ..files import sha256
+from ..zoo import model_folder
 from .slices import Slice, _reason
 
 # Enough to hide the decoding of most files behind a network; each holds one slice in memory.
@@ -67,7 +68,7 @@ def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, P
     """Reads what a training run left in its OUTPUT_DIR.
 
     Args:
-        folder: holds ``config.yaml`` and its best or last weights.
+        folder: holds ``config.yaml`` and its best or last weights; or ``zoo://NAME``.
         device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
 
     Returns:
@@ -76,7 +77,7 @@ def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, P
     Raises:
         FileNotFoundError, ValueError: one sentence, if something is missing or unreadable.
     """
-    run = RunFolder(folder)
+    run = RunFolder(model_folder(folder))
     config = run.config
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no GPU; use cpu.")
@@ -146,7 +147,7 @@ class Diagnoser:
         """Loads the model that a training run left in its OUTPUT_DIR.
 
         Args:
-            folder: holds ``config.yaml`` and its best or last weights.
+            folder: as of :func:`load_run`.
             device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
             batch_size: slices in a batch; ``TEST.BATCH_SIZE`` if None.
 

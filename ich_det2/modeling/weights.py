@@ -1,6 +1,6 @@
-"""ImageNet weights of timm and torchvision as paths: ``timm://NAME``, ``torchvision://NAME``.
+"""Weights as paths: ``timm://NAME``, ``torchvision://NAME`` (ImageNet), ``zoo://NAME``.
 
-Importing this module registers both in Detectron2's PathManager, so that its own checkpointer
+Importing this module registers them in Detectron2's PathManager, so that its own checkpointer
 takes them too, as in ``MODEL.WEIGHTS timm://resnet50.a1_in1k``.
 """
 
@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from iopath.common.file_io import get_cache_dir
 
 from ..files import write_atomically
+from ..zoo import PREFIX, weights
 from .backbone import timm_backbone, torchvision_weights
 
 
@@ -58,11 +59,25 @@ def _is_current(cached: Path, original: Path | None) -> bool:
     return original.is_file() and original.stat().st_mtime <= cached.stat().st_mtime
 
 
+class ZooHandler(PathHandler):
+    """Weights of a model that comes with the package (:mod:`ich_det2.zoo`), to fine-tune from."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs) -> str:
+        self._check_kwargs(kwargs)
+        return str(weights(path))
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs):
+        return open(self._get_local_path(path, **kwargs), mode, buffering)
+
+
 HANDLERS = (
     LibraryHandler(timm, timm_backbone),
     LibraryHandler(torchvision, torchvision_weights),
 )
-for _handler in HANDLERS:
+for _handler in (*HANDLERS, ZooHandler()):
     PathManager.register_handler(_handler, allow_override=True)
 
 LIBRARY_PREFIXES = tuple(handler.prefix for handler in HANDLERS)
