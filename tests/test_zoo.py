@@ -1,5 +1,7 @@
 """Models that come with the package: whole, small, described, nobody's paths, and they answer."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -8,9 +10,14 @@ from detectron2.utils.file_io import PathManager
 import ich_det2
 from ich_det2 import modeling as _  # noqa: F401  only registration
 from ich_det2 import zoo
+from ich_det2.engine.checks import check_config
+from ich_det2.engine.config import load_config
+from ich_det2.engine.operating_point import find_operating_point
 from ich_det2.engine.run_folder import RunFolder
 from ich_det2.files import sha256
 from ich_det2.phantom import write_exam
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", zoo.names())
@@ -43,3 +50,15 @@ def test_an_exam_is_diagnosed_without_a_training(tmp_path):
     (patient,) = diagnosis.patients
     point = RunFolder(zoo.model_folder(zoo.DEFAULT)).read_operating_point()
     assert 0 < patient.score < 1 and diagnosis.threshold == point.threshold
+
+
+def test_an_evaluation_takes_anchors_and_operating_point_from_it(phantom_tree, tmp_path):
+    data = ("DATASETS.ICH_ROOT", str(phantom_tree), "OUTPUT_DIR", str(tmp_path / "out"))
+    opts = (*data, "MODEL.WEIGHTS", zoo.DEFAULT, "MODEL.DEVICE", "cpu")
+    cfg = load_config(ROOT / "configs/diagnosis_effnet_lite0.yaml", opts)
+    check_config(cfg, eval_only=True, resume=False)
+    run = RunFolder(zoo.model_folder(zoo.DEFAULT))
+    trained = run.read_config().MODEL.ANCHOR_GENERATOR
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == trained.SIZES != [[]]
+    point = find_operating_point(cfg, Path(cfg.MODEL.WEIGHTS))
+    assert point == run.read_operating_point()

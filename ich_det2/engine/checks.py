@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
+from .. import zoo
 from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import metric_names
@@ -99,6 +100,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     checkpoint = run.checkpoint() if resume else None
     if eval_only and checkpoint is not None:
         cfg.MODEL.WEIGHTS = str(checkpoint)
+    if eval_only and cfg.MODEL.WEIGHTS.startswith(zoo.PREFIX):
+        cfg.MODEL.WEIGHTS = str(zoo.weights(cfg.MODEL.WEIGHTS))  # beside it is its record
     continues = checkpoint is not None and not eval_only
     if not eval_only:
         _check_training(cfg, num_processes)

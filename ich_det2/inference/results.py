@@ -50,8 +50,8 @@ class SliceDiagnosis:
 
     Attributes:
         source: the slice: file, patient, series, index, and whose it is.
-        score: the highest of its boxes, or a classifier's, smoothed along the series if the model
-            does so.
+        score: the model's own of the slice, else the highest of its boxes; smoothed along the
+            series if the model does so.
         verdict: "positive" or "negative".
         boxes: float32 (M, 4): x0, y0, x1, y1 in pixels of the original image, of those from half
             the threshold up, and always the highest.
