@@ -50,6 +50,8 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Crop slices to the head: a square around the largest part that is neither air nor thin, over
     # all slices of a series, with a margin of 4 % on each side. Boxes are mapped back.
     cfg.INPUT.HEAD_CROP = False
+    # Blank what lies outside of the skull: the scalp, hands beside the head, the couch.
+    cfg.INPUT.SKULL_MASK = False
     # Folder in which decoded slices of compressed DICOM files are kept. "": none.
     cfg.INPUT.CACHE_DIR = ""
     cfg.INPUT.AUG = CN()
@@ -116,6 +118,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # CostSensitiveRes5ROIHeads, CostSensitiveCascadeROIHeads and InceptionV3ROIHeads; 1 is stock.
     # Beyond the paper.
     cfg.MODEL.ROI_HEADS.COST.ALPHA = 1.0
+    # In the test each box that NMS leaves becomes the mean, by scores, of all boxes of its class
+    # that overlap it by this IoU; of the same heads, but for a cascade. 0: off.
+    cfg.MODEL.ROI_HEADS.VOTE_THRESH_TEST = 0.0
 
     # ---- timm backbones (build_timm_backbone) ------------------------------------------------
     cfg.MODEL.TIMM = CN()

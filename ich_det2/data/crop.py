@@ -1,6 +1,5 @@
-"""The head in a slice, and the crop to it: one for a series, so that the head does not jump.
+"""The crop of slices to the head: one for a series, so that the head does not jump.
 
-The head is looked for in a brain window, in DICOM as in pictures, so that both are cropped alike.
 H, W are a slice's rows and columns. Boxes and crops are x0, y0, x1, y1: edges of pixels, 0-based.
 """
 
@@ -15,13 +14,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
-import cv2
 import numpy as np
 
 from .dicom import read_windowed
-from .inspection import DARK, WINDOW
+from .head import Head, find_head
+from .inspection import WINDOW
 from .mapper import pixel_ratio
 from .pictures import is_picture, read_picture
 from .tree import VocTree
@@ -34,54 +32,6 @@ Box = tuple[int, int, int, int]
 
 MARGIN = 0.04
 """Of the head's longer side, on each side of it."""
-
-THIN = 0.03
-"""Of the image's shorter side: what is thinner is no head but a couch, a headrest or a tube."""
-
-MIN_SHARE = 0.02
-"""Of the image: what is smaller is no head."""
-
-
-class Head(NamedTuple):
-    """The head in a slice.
-
-    Attributes:
-        box: around it, pixels.
-        area: pixels.
-        size: (H, W) of the slice.
-        ratio: height of the slice's pixels over their width.
-    """
-
-    box: Box
-    area: int
-    size: tuple[int, int]
-    ratio: float = 1.0
-
-
-def find_head(grey: np.ndarray, ratio: float = 1.0) -> Head | None:
-    """Finds the head in a slice: the largest connected part that is neither air nor thin.
-
-    Args:
-        grey: uint8 (H, W) of a brain window.
-        ratio: height of the pixels over their width.
-
-    Returns:
-        None if there is no such part.
-    """
-    side = 2 * max(1, round(THIN * min(grey.shape) / 2)) + 1
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-    # The median closes the holes that noise leaves in dark brain, which would grow by the opening.
-    tissue = (cv2.medianBlur(np.ascontiguousarray(grey), 5) > DARK).astype(np.uint8)
-    # Beyond the border is air, so that what lies along it is as thin as it looks.
-    tissue = cv2.morphologyEx(
-        tissue, cv2.MORPH_OPEN, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0
-    )
-    _, _, stats, _ = cv2.connectedComponentsWithStats(tissue, connectivity=4)
-    parts = stats[1:]
-    if not len(parts) or parts[:, cv2.CC_STAT_AREA].max() < MIN_SHARE * grey.size:
-        return None
-    x, y, width, height, area = map(int, parts[parts[:, cv2.CC_STAT_AREA].argmax()])
-    return Head((x, y, x + width, y + height), area, grey.shape, ratio)
 
 
 def crop_to(heads: Sequence[Head]) -> Box:

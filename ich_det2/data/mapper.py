@@ -13,6 +13,8 @@ from detectron2.data import transforms as T
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
 from .dicom import read_windowed
+from .head import find_skull
+from .inspection import WINDOW
 from .pictures import is_picture, read_picture
 
 
@@ -33,6 +35,7 @@ class IchDatasetMapper:
         windows: Sequence[tuple[float, float]],
         context_slices: int = 0,
         sequence_slices: int = 0,
+        skull_mask: bool = False,
         cache_dir: str | Path = "",
     ):
         """
@@ -42,6 +45,7 @@ class IchDatasetMapper:
             windows: 1 or 3 pairs (level HU, width HU).
             context_slices: 0, or 1 for the slices before and after as channels of their own.
             sequence_slices: slices on either side that "sequence" holds, with the slice itself.
+            skull_mask: blank what lies outside of the skull, see :func:`find_skull`.
             cache_dir: of a :class:`SliceCache`; "" for none.
 
         Raises:
@@ -67,6 +71,7 @@ class IchDatasetMapper:
         self.is_train = is_train
         self.sequence_slices = sequence_slices
         self.context_slices = context_slices
+        self.skull_mask = skull_mask
         self.cache = SliceCache(cache_dir) if cache_dir else None
         self.augmentations = T.AugmentationList(augmentations)
         self.windows = [(float(level), float(width)) for level, width in windows]
@@ -79,6 +84,7 @@ class IchDatasetMapper:
             "windows": cfg.INPUT.WINDOWS,
             "context_slices": cfg.INPUT.CONTEXT_SLICES,
             "sequence_slices": cfg.INPUT.SEQUENCE_SLICES,
+            "skull_mask": cfg.INPUT.SKULL_MASK,
             "cache_dir": cfg.INPUT.CACHE_DIR,
         }
 
@@ -95,15 +101,24 @@ class IchDatasetMapper:
         Raises:
             ValueError: naming the file, if it cannot be read.
         """
-        return self._read_slice(path, frame)[0]
+        return self._read_slice(path, frame, skull_mask=False)[0]
 
-    def _read_slice(self, path: str | Path, frame: int | None) -> tuple[np.ndarray, float]:
+    def _read_slice(
+        self, path: str | Path, frame: int | None, *, skull_mask: bool
+    ) -> tuple[np.ndarray, float]:
         """A slice as grey values, and the height of its pixels over their width."""
         path = Path(path)
         if is_picture(path):
-            return read_picture(path)[..., None], 1.0
-        image, spacing_mm = read_windowed(path, self.windows, frame, cache=self.cache)
-        return image, pixel_ratio(spacing_mm)
+            image, ratio = read_picture(path)[..., None], 1.0
+            brain = image[..., 0]
+        else:
+            windows = [*self.windows, WINDOW] if skull_mask else self.windows
+            image, spacing_mm = read_windowed(path, windows, frame, cache=self.cache)
+            image, brain = image[..., : len(self.windows)], image[..., -1]
+            ratio = pixel_ratio(spacing_mm)
+        if skull_mask and (skull := find_skull(brain)) is not None:
+            image = image * skull[..., None]
+        return image, ratio
 
     def _read_context(self, dataset_dict: dict, image: np.ndarray) -> list[np.ndarray]:
         """The slices before a slice, uint8 (H, W, C), itself, and the slices after it."""
@@ -120,7 +135,7 @@ class IchDatasetMapper:
         slices = [image] * len(files)
         for i, (path, frame) in enumerate(files):
             if (str(path), frame) != (dataset_dict["file_name"], dataset_dict.get("frame")):
-                beside = self.read_image(path, frame)
+                beside, _ = self._read_slice(path, frame, skull_mask=self.skull_mask)
                 if beside.shape == image.shape:
                     slices[i] = beside
         return slices
@@ -142,7 +157,9 @@ class IchDatasetMapper:
             ValueError: naming the file, if it cannot be read.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        image, ratio = self._read_slice(dataset_dict["file_name"], dataset_dict.get("frame"))
+        image, ratio = self._read_slice(
+            dataset_dict["file_name"], dataset_dict.get("frame"), skull_mask=self.skull_mask
+        )
         utils.check_image_size(dataset_dict, image)
         if self.context_slices:
             image = np.concatenate(self._read_context(dataset_dict, image), axis=-1)

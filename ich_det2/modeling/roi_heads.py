@@ -1,4 +1,4 @@
-"""Cost-sensitive second stage: an extension beyond the paper, off by default."""
+"""Cost-sensitive second stage, and boxes by a vote: extensions beyond the paper, off by default."""
 
 import math
 
@@ -13,23 +13,35 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from torchvision.ops import box_iou
 
 
 class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
-    """:class:`FastRCNNOutputLayers` whose foreground proposals weigh alpha in the class loss."""
+    """:class:`FastRCNNOutputLayers` whose foreground proposals weigh alpha in the class loss.
+
+    In the test the boxes that NMS has left may be moved by the ones that it has not, see
+    :func:`vote_boxes`.
+    """
 
     @configurable
-    def __init__(self, input_shape, *, alpha: float = 1.0, **kwargs):
+    def __init__(self, input_shape, *, alpha: float = 1.0, test_vote_thresh: float = 0.0, **kwargs):
         """
         Args:
             input_shape: shape of the box head's output.
             alpha: weight of a foreground proposal, > 0; the softmax loss is the weighted mean.
+            test_vote_thresh: IoU from which on a box has a vote, in (0, 1]; 0: no vote.
             kwargs: arguments of :class:`FastRCNNOutputLayers`.
 
         Raises:
-            ValueError: if alpha is not a positive finite number, or weighs a sigmoid loss.
+            ValueError: if alpha is not a positive finite number, or weighs a sigmoid loss, or the
+                threshold is out of its range.
         """
         super().__init__(input_shape, **kwargs)
+        if not 0 <= test_vote_thresh <= 1:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.VOTE_THRESH_TEST is {test_vote_thresh}, expected 0 to 1."
+            )
+        self.test_vote_thresh = test_vote_thresh
         if not 0 < alpha < math.inf:
             raise ValueError(f"MODEL.ROI_HEADS.COST.ALPHA must be a positive number, got {alpha}.")
         if alpha != 1 and self.use_sigmoid_ce:
@@ -44,7 +56,30 @@ class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
         return {
             **super().from_config(cfg, input_shape),
             "alpha": cfg.MODEL.ROI_HEADS.COST.ALPHA,
+            "test_vote_thresh": cfg.MODEL.ROI_HEADS.VOTE_THRESH_TEST,
         }
+
+    def inference(self, predictions, proposals):
+        """As :meth:`FastRCNNOutputLayers.inference`."""
+        found, kept = super().inference(predictions, proposals)
+        if self.test_vote_thresh == 0:
+            return found, kept
+        boxes = self.predict_boxes(predictions, proposals)
+        probs = self.predict_probs(predictions, proposals)
+        for instances, every, scores in zip(found, boxes, probs):
+            every = every.view(len(every), every.shape[1] // 4, 4)
+            every = every.expand(-1, self.num_classes, 4)
+            for k in instances.pred_classes.unique().tolist():
+                voting = every[:, k].isfinite().all(dim=1) & (scores[:, k] > self.test_score_thresh)
+                kept_k = instances.pred_classes == k
+                instances.pred_boxes.tensor[kept_k] = vote_boxes(
+                    instances.pred_boxes.tensor[kept_k],
+                    every[voting, k],
+                    scores[voting, k],
+                    iou_threshold=self.test_vote_thresh,
+                )
+            instances.pred_boxes.clip(instances.image_size)
+        return found, kept
 
     def losses(self, predictions, proposals):
         """As :meth:`FastRCNNOutputLayers.losses`."""
@@ -61,6 +96,26 @@ class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
         loss_cls = F.cross_entropy(scores.float(), gt_classes, weight=weight)
         losses["loss_cls"] = loss_cls * self.loss_weight.get("loss_cls", 1.0)
         return losses
+
+
+def vote_boxes(
+    boxes: torch.Tensor, voters: torch.Tensor, scores: torch.Tensor, *, iou_threshold: float
+) -> torch.Tensor:
+    """Box voting (Gidaris and Komodakis 2015, arXiv:1505.01749, section 5).
+
+    Args:
+        boxes: (D, 4), XYXY, each of them also among the voters.
+        voters: (R, 4), XYXY.
+        scores: (R,), > 0, of the voters.
+        iou_threshold: the least IoU with a box to have a vote on it.
+
+    Returns:
+        (D, 4): of each box the mean of its voters, by their scores; the box where there is none.
+    """
+    voters, scores = voters.to(boxes.dtype), scores.to(boxes.dtype)
+    weights = scores * (box_iou(boxes, voters) >= iou_threshold)
+    total = weights.sum(dim=1, keepdim=True)
+    return torch.where(total > 0, weights @ voters / total.clamp(min=1e-12), boxes)
 
 
 def build_cost_sensitive_predictor(cfg, stock: FastRCNNOutputLayers):

@@ -1,5 +1,6 @@
-"""CT files of the kinds that several tests of DICOM need."""
+"""CT files and pictures of the kinds that several tests need."""
 
+import cv2
 import numpy as np
 import pydicom
 import pytest
@@ -101,3 +102,22 @@ def write_enhanced(tmp_path, write_ct, compress):
         return path
 
     return write
+
+
+def _draw_head(centre, axes, *, couch=False, shape=(256, 256), seed=0):
+    """Skull and noisy brain in a brain window; a couch that touches it, and one that does not."""
+    grey = np.zeros(shape, np.uint8)
+    cv2.ellipse(grey, centre, axes, 0, 0, 360, 255, -1)
+    cv2.ellipse(grey, centre, (axes[0] - 8, axes[1] - 8), 0, 0, 360, 110, -1)
+    noise = np.random.default_rng(seed).normal(110, 30, shape).clip(0, 255)
+    grey = np.where(grey == 110, noise, grey).astype(np.uint8)
+    if couch:
+        cv2.ellipse(grey, (128, 60), (125, centre[1] + axes[1] - 58), 0, 5, 175, 200, 3)
+        grey[200:, 4:9] = 255
+    return grey
+
+
+@pytest.fixture
+def draw_head():
+    """Skull and noisy brain in a brain window."""
+    return _draw_head

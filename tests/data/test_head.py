@@ -1,0 +1,121 @@
+"""The head and the skull in a slice."""
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from ich_det2.data import IchDatasetMapper
+from ich_det2.data.head import find_head, find_skull
+
+
+@pytest.mark.parametrize("centre, axes", [((120, 110), (70, 90)), ((90, 128), (60, 60))])
+@pytest.mark.parametrize("couch", [False, True])
+def test_the_head_is_found_and_not_the_couch(centre, axes, couch, draw_head):
+    head = find_head(draw_head(centre, axes, couch=couch))
+    edges = np.subtract(centre, axes), np.add(centre, axes) + 1
+    # Where the couch touches the head, its thickness and what rounds the corner remain.
+    np.testing.assert_allclose(head.box, np.ravel(edges), atol=6 if couch else 2)
+
+
+def test_without_a_head_nothing_is_found(draw_head):
+    rng = np.random.default_rng(0)
+    air = rng.integers(0, 24, (256, 256)).astype(np.uint8)
+    couch = draw_head((120, 110), (70, 90), couch=True) * (draw_head((120, 110), (70, 90)) == 0)
+    for grey in (air, air * 0, couch, air[:2, :3]):
+        assert find_head(grey) is None
+    # What is noise all over is not cropped either.
+    noise = rng.integers(0, 256, (256, 256)).astype(np.uint8)
+    assert find_head(noise).box == (0, 0, 256, 256)
+
+
+# ---- the skull -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def draw_skull(draw_head):
+    """A head in a scalp, and where the skull and what is in it are."""
+
+    def draw(**kwargs):
+        grey = draw_head((120, 110), (70, 80), **kwargs)
+        inside = cv2.ellipse(np.zeros_like(grey), (120, 110), (70, 80), 0, 0, 360, 1, -1)
+        scalp = cv2.ellipse(np.zeros_like(grey), (120, 110), (78, 90), 0, 0, 360, 90, -1)
+        return np.where(inside, grey, np.maximum(grey, scalp)), inside
+
+    return draw
+
+
+def differ(skull, inside):
+    """Pixels on the edge between two masks do not count."""
+    edge = cv2.morphologyEx(inside, cv2.MORPH_GRADIENT, np.ones((5, 5), np.uint8))
+    return np.count_nonzero((skull != inside) & (edge == 0))
+
+
+@pytest.mark.parametrize("couch", [False, True])
+def test_the_skull_is_found_without_scalp_and_couch(couch, draw_skull):
+    grey, inside = draw_skull(couch=couch)
+    cv2.ellipse(grey, (180, 60), (30, 30), 0, 0, 360, 150, -1)  # a swelling of the scalp
+    grey[inside > 0] = draw_skull()[0][inside > 0]
+    assert differ(find_skull(grey), inside) == 0
+
+
+def test_gaps_in_the_skull_are_closed(draw_skull):
+    # An infant's sutures: no two bones touch, and none is most of the skull.
+    grey, inside = draw_skull()
+    for angle in range(0, 360, 45):
+        cv2.ellipse(grey, (120, 110), (66, 76), 0, angle, angle + 8, 110, 10)
+    assert differ(find_skull(grey), inside) == 0
+
+
+def test_hands_beside_the_head_are_outside(draw_skull):
+    grey, inside = draw_skull()
+    for y in (60, 100, 140):
+        cv2.circle(grey, (225, y), 12, 100, -1)
+        cv2.circle(grey, (225, y), 6, 255, -1)
+    assert differ(find_skull(grey), inside) == 0
+
+
+def test_no_skull_is_found_where_there_is_none(draw_skull):
+    grey, inside = draw_skull()
+    neck = np.minimum(grey, 120)
+    cv2.circle(neck, (120, 170), 12, 255, -1)  # a vertebra
+    for image in (np.zeros_like(grey), np.minimum(grey, 120), neck, grey[:2, :3]):
+        assert find_skull(image) is None
+
+
+@pytest.mark.parametrize("kind", ["picture", "dicom"])
+@pytest.mark.parametrize("windows", [[(40, 120)], [(50, 100), (80, 200), (600, 2800)]])
+def test_the_mapper_blanks_what_is_outside(tmp_path, write_ct, kind, windows, draw_skull):
+    grey, inside = draw_skull()
+    if kind == "picture":
+        file = str(tmp_path / "a.png")
+        Image.fromarray(grey).save(file)
+    else:
+        file = str(write_ct(tmp_path / "a.dcm", grey / 255 * 120 - 20))  # level 40, width 120
+    options = {"augmentations": [], "windows": windows}
+    found, whole = (
+        IchDatasetMapper(False, skull_mask=mask, **options)({"file_name": file})["image"].numpy()
+        for mask in (True, False)
+    )
+    skull = find_skull(grey)
+    edge = cv2.morphologyEx(skull, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    assert whole[:, skull == 0].max() > 0
+    assert (found == whole * skull)[:, ~edge].all()
+    # A person sees the whole slice.
+    mapper = IchDatasetMapper(False, skull_mask=True, **options)
+    seen = mapper.read_image(file)
+    assert seen.shape[2] == (1 if kind == "picture" else len(windows))
+    assert (seen.transpose(2, 0, 1) == whole[: seen.shape[2]]).all()
+
+
+def test_neighbours_are_blanked_by_their_own_skull(tmp_path, draw_skull):
+    slices = [np.roll(draw_skull()[0], shift, axis=1) for shift in (-20, 0, 20)]
+    files = [(str(tmp_path / f"{i}.png"), None) for i in range(3)]
+    for (file, _), grey in zip(files, slices):
+        Image.fromarray(grey).save(file)
+    mapper = IchDatasetMapper(
+        False, augmentations=[], windows=[(40, 120)], context_slices=1, skull_mask=True
+    )
+    image = mapper({"file_name": files[1][0], "context_files": files})["image"].numpy()
+    for channel, grey in zip(image, slices):
+        np.testing.assert_array_equal(channel, grey * find_skull(grey))
