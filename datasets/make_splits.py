@@ -7,16 +7,19 @@ DICOM headers, and patients.csv is written with pseudonyms, so that it holds no 
 
     python datasets/make_splits.py data/ich --by patient --ratios 0.5 0.2 0.3 --seed 0
     python datasets/make_splits.py data/ich --folds 5
+    python datasets/make_splits.py data/ich --by image --bleeding-patients \\
+        --names paper_train paper_val paper_test
 
 Patients are divided so that images, positive images and each type of hemorrhage have like shares.
 With --folds K there are K pairs of lists instead, fold0_train.txt and fold0_val.txt to
 fold<K-1>_val.txt; every image is in the val list of exactly one. A split that exists is checked by
-datasets/audit_splits.py.
+datasets/audit_splits.py. The last command is the paper's protocol, for comparison with its figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ich_det2.cli import guard
-from ich_det2.data.splits import make_folds, split_by_group, split_by_image, split_stratified
+from ich_det2.data.splits import (
+    make_folds,
+    positive_groups,
+    split_by_group,
+    split_by_image,
+    split_stratified,
+)
 from ich_det2.data.tree import PATIENTS, VocTree
 
 Patients = dict[str, tuple[str, str]]
@@ -66,6 +75,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         help="name of each split (default: train val test)",
     )
+    parser.add_argument(
+        "--bleeding-patients",
+        type=float,
+        nargs="?",
+        const=865 / 735,
+        metavar="NEGATIVES",
+        help="leave out patients without hemorrhage, and draw at most NEGATIVES of the others' "
+        "negative images for each positive one (default: 865 / 735, as in the paper)",
+    )
     parser.add_argument("--folds", type=int, metavar="K", help="K-fold lists instead of --ratios")
     parser.add_argument(
         "--stratify",
@@ -99,9 +117,21 @@ def make_splits(args: argparse.Namespace) -> None:
         if not re.fullmatch(r"\w[\w.-]*", name) or args.names.count(name) > 1:
             raise ValueError(f"--names has '{name}', expected different names without folders.")
 
+    if args.bleeding_patients is not None and not 0 <= args.bleeding_patients < math.inf:
+        raise ValueError(f"--bleeding-patients is {args.bleeding_patients}, expected at least 0.")
+
     tree = VocTree(args.root)
     images, types = list(tree.images), list(tree.types.values())
-    patients, new_patients = find_patients(tree, required=args.by == "patient")
+    of_patients = args.by == "patient" or args.bleeding_patients is not None
+    patients, new_patients = find_patients(tree, required=of_patients)
+    if args.bleeding_patients is not None:
+        kept = positive_groups(
+            [patients[image][0] for image in images],
+            [bool(shown) for shown in types],
+            negatives_per_positive=args.bleeding_patients,
+            seed=args.seed,
+        )
+        images, types = [images[i] for i in kept], [types[i] for i in kept]
     groups = images if args.by == "image" else [patients[image][0] for image in images]
     wanted = args.folds or sum(ratio > 0 for ratio in args.ratios)
     if args.by == "patient" and len(set(groups)) < wanted:
@@ -114,7 +144,7 @@ def make_splits(args: argparse.Namespace) -> None:
     held_out = {n: ids for n, ids in lists.items() if not (args.folds and n.endswith("_train"))}
     tree.write_lists(
         lists,
-        patients=patients if new_patients and args.by == "patient" else None,
+        patients=patients if new_patients and of_patients else None,
         force=args.force,
     )
     report(held_out, {image: bool(shown) for image, shown in tree.types.items()}, patients)

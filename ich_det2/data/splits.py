@@ -178,6 +178,33 @@ def make_folds(
     return lists
 
 
+def positive_groups(
+    groups: Sequence[Hashable],
+    positive: Sequence[bool],
+    *,
+    negatives_per_positive: float | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """The images of positive groups (bleeding patients), as the paper's, with fewer negative ones.
+
+    Args:
+        groups: the N groups of the images.
+        positive: N labels, true for a positive image; all of these are kept.
+        negatives_per_positive: negative images drawn for each positive one, at most; None: all.
+        seed: another seed draws others.
+
+    Returns:
+        Ascending indices into ``groups``.
+    """
+    wanted = {group for group, flag in zip(groups, positive, strict=True) if flag}
+    kept = [i for i, flag in enumerate(positive) if flag]
+    negatives = [i for i, g in enumerate(groups) if g in wanted and not positive[i]]
+    order = np.random.default_rng(seed).permutation(len(negatives))
+    if negatives_per_positive is not None:
+        order = order[: round(min(negatives_per_positive * len(kept), len(negatives)))]
+    return np.sort(np.array([*kept, *(negatives[i] for i in order)], dtype=int))
+
+
 def _check_ratios(ratios: Sequence[float]) -> np.ndarray:
     shares = np.asarray(ratios, dtype=float)
     valid = shares.ndim == 1 and shares.size and np.isfinite(shares).all() and (shares >= 0).all()

@@ -140,12 +140,19 @@ def check_data(cfg: DictConfig) -> None:
     Raises:
         FileNotFoundError: if they are not there.
     """
-    path = Path(cfg.data.root, LISTS, "train.txt")
-    if not path.is_file():
+    root, splits = cfg.data.root, cfg.get("splits")
+    name = OmegaConf.select(cfg, "opts.DATASETS.TRAIN[0]", default="ich_train")
+    path = Path(root, LISTS, f"{name.removeprefix('ich_')}.txt")
+    if path.is_file():
+        return
+    if splits and path.parents[1].is_dir():
         raise FileNotFoundError(
-            f"there is no {path}; make the VOC tree '{cfg.data.root}' as datasets/README.md says,"
-            " or give its place by data.root=PATH."
+            f"there is no {path}; `python datasets/make_splits.py {root} {splits}` writes it."
         )
+    raise FileNotFoundError(
+        f"there is no {path}; make the VOC tree '{root}' as datasets/README.md says, or give its"
+        " place by data.root=PATH."
+    )
 
 
 def report(cfg: DictConfig, cells: Sequence[Cell]) -> str:
@@ -209,6 +216,11 @@ def _tables(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> tuple[list[dic
     ]
     text = tabulate(lines, [*names, *cfg["metrics"]], "github", disable_numparse=True)
     return rows, f"{text}\n\nMean ± standard deviation over seeds (number of seeds).\n"
+
+
+def _table(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
+    _, text = _tables(cfg, folder, cells)
+    return _write(folder, f"{text}\n{cfg['note'].strip()}\n")
 
 
 def _bars(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
@@ -280,6 +292,7 @@ def _data(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
 
 
 REPORTS: dict[str, Callable[[Mapping, Path, Sequence[Cell]], str]] = {
+    "table": _table,
     "bars": _bars,
     "search": _search,
     "thresholds": _thresholds,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ich_det2.data.splits import (
     make_folds,
+    positive_groups,
     split_by_group,
     split_by_image,
     split_stratified,
@@ -196,3 +197,29 @@ def test_folds_hold_each_image_once_and_keep_patients_whole():
         assert not {groups[j] for j in part} & {groups[j] for j in train}
     with pytest.raises(ValueError, match="1 folds, expected at least 2"):
         make_folds(groups, types, 1)
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=40),
+    st.floats(0, 5),
+    st.integers(0, 3),
+)
+def test_positive_groups_keep_all_positives_and_so_many_negatives(case, share, seed):
+    groups, positive = [g for g, _ in case], [p for _, p in case]
+    kept = positive_groups(groups, positive, negatives_per_positive=share, seed=seed).tolist()
+    everything = positive_groups(groups, positive).tolist()
+    bleeding = {g for g, p in case if p}
+    assert everything == [i for i, g in enumerate(groups) if g in bleeding]
+    assert set(kept) <= set(everything) and kept == sorted(kept)
+    positives = [i for i, p in enumerate(positive) if p]
+    assert [i for i in kept if positive[i]] == positives
+    wanted = min(round(share * len(positives)), len(everything) - len(positives))
+    assert len(kept) - len(positives) == wanted
+
+
+def test_positive_groups_draw_by_seed():
+    groups, positive = ["a"] * 30 + ["b"] * 30, [True] * 5 + [False] * 55
+    draws = [positive_groups(groups, positive, negatives_per_positive=1, seed=s) for s in (0, 0, 1)]
+    assert draws[0].tolist() == draws[1].tolist() != draws[2].tolist()
+    assert len(draws[0]) == 10 and max(draws[0]) < 30

@@ -125,6 +125,28 @@ def test_by_image_warns_of_leakage(tree, capsys):
     assert f"WARNING: DATA LEAKAGE: {torn} of 10 patients" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("by", ["patient", "image"])
+def test_bleeding_patients_alone_with_so_many_negatives(tree, by):
+    # Five bleeding patients with one positive and two negative images each.
+    args = "--by", by, "--names", "a", "b", "--ratios", "0.6", "0.4"
+    assert run(tree, *args, "--bleeding-patients", "5") == 0
+    everything = [image for ids in lists(tree, ("a", "b")).values() for image in ids]
+    assert sorted(everything) == [f"{p}_{k}" for p in (0, 2, 4, 6, 8) for k in range(3)]
+    assert run(tree, *args, "--bleeding-patients", "--force") == 0
+    parts = lists(tree, ("a", "b"))
+    drawn = [image for ids in parts.values() for image in ids]
+    assert sum(image.endswith("_1") for image in drawn) == 5  # of 735 : 865, round(5.88) negatives
+    assert len(drawn) == 11 and set(drawn) <= set(everything)
+    if by == "patient":
+        assert not {i[0] for i in parts["a"]} & {i[0] for i in parts["b"]}
+
+
+def test_bleeding_patients_need_patients(tree, capsys):
+    (tree / "patients.csv").unlink()
+    message = refused(capsys, tree, "--by", "image", "--bleeding-patients")
+    assert "does not say whose image it is" in message or "DICOM" in message
+
+
 def test_by_image_without_patients(tree, capsys):
     (tree / "patients.csv").unlink()
     assert run(tree, "--by", "image") == 0
@@ -188,6 +210,8 @@ def test_faults_of_the_tree(tree, capsys, spoil, message):
         (["--ratios", "0.5", "0.5"], "--ratios has 2 values and --names 3"),
         (["--names", "a", "b", "../c"], "--names has '../c'"),
         (["--names", "a", "b", "a"], "--names has 'a'"),
+        (["--bleeding-patients", "-1"], "--bleeding-patients is -1.0, expected at least 0"),
+        (["--bleeding-patients", "nan"], "--bleeding-patients is nan, expected at least 0"),
         (["--ratios", *["0.09"] * 11, "0.01", "--names", *"abcdefghijkl"], "10 patient(s) for 12"),
     ],
 )

@@ -216,6 +216,26 @@ def test_figures_4_and_5_are_those_of_the_finished_cells(run, full_tree, tmp_pat
     assert np.asarray(Image.open(out / "own/figure5/figure5.png")).std() > 0
 
 
+def test_the_papers_protocol_says_that_patients_are_shared(run, full_tree, tmp_path, capsys):
+    root, out = full_tree(), tmp_path / "out"
+    argv = ["experiment=protocol", "data=own", f"data.root={root}", f"output={out}", "seeds=[0]"]
+    argv += ["grid.method=[csfrcnn]", *SMALL]
+    assert run(*argv) == 2
+    splits = "--by image --bleeding-patients --names paper_train paper_val paper_test"
+    assert f"`python datasets/make_splits.py {root} {splits}` writes it" in capsys.readouterr().err
+    for split in ("train", "val", "test"):
+        ids = (root / f"ImageSets/Main/{split}.txt").read_text()
+        (root / f"ImageSets/Main/paper_{split}.txt").write_text(ids)
+    assert run(*argv) == 0
+    folder = out / "own/protocol"
+    assert "Train, validation and test share patients" in (folder / "table.md").read_text()
+    (row,), (result,) = rows_of(folder / "table.csv"), rows_of(folder / "results.csv")
+    for name in ("accuracy", "recall", "precision"):
+        assert row[f"{name} mean"] == result[f"paper_test/image/{name}"] != ""
+    found = read_predictions(folder / "method-csfrcnn_seed-0/inference/ich_paper_test")
+    assert found.image_ids == ["g", "h"]
+
+
 def test_hydra_carries_each_cell_and_reports_at_the_end(
     run, full_tree, tmp_path, monkeypatch, capsys
 ):
@@ -336,6 +356,7 @@ def test_the_grids_are_the_papers(tool, full_tree, tmp_path):
         assert len(cells_of("figure3")) == 5 * 3
         assert len(cells_of("figure4")) == 6 * 3
         assert cells_of("table1") == []
+        assert len(cells_of("protocol")) == 2 * 3
         (cell,) = cells_of(
             *("figure2", "hardware=gpu", "grid.network=[r50]", "grid.augmentation=[expanded]"),
             "grid.anchors=[default]",
