@@ -121,7 +121,7 @@ def make_splits(args: argparse.Namespace) -> None:
         raise ValueError(f"--bleeding-patients is {args.bleeding_patients}, expected at least 0.")
 
     tree = VocTree(args.root)
-    images, types = list(tree.images), list(tree.types.values())
+    images, types = list(tree.images), list(tree.findings.values())
     of_patients = args.by == "patient" or args.bleeding_patients is not None
     patients, new_patients = find_patients(tree, required=of_patients)
     if args.bleeding_patients is not None:
@@ -147,7 +147,7 @@ def make_splits(args: argparse.Namespace) -> None:
         patients=patients if new_patients and of_patients else None,
         force=args.force,
     )
-    report(held_out, {image: bool(shown) for image, shown in tree.types.items()}, patients)
+    report(held_out, {image: bool(shown) for image, shown in tree.findings.items()}, patients)
     if args.by == "image":
         warn_of_leakage(held_out, patients)
 

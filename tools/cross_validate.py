@@ -102,7 +102,7 @@ def link_folds(data: Path, output: Path, folds: int, seed: int) -> None:
             f" `python datasets/make_splits.py {data}` writes it for DICOM."
         )
     groups = [tree.patients[image][0] for image in images]
-    lists = make_folds(groups, list(tree.types.values()), folds, seed=seed)
+    lists = make_folds(groups, list(tree.findings.values()), folds, seed=seed)
     for fold in range(folds):
         train, test = ([images[i] for i in lists[f"fold{fold}_{s}"]] for s in ("train", "val"))
         linked = tree.link(output / "folds" / str(fold))

@@ -112,7 +112,7 @@ def inspect(args) -> None:
     wh = box_sizes(images, args.short_edge)
     report = {
         "name": root.name,
-        "counts": counts(images, splits, patients),
+        "counts": counts(images, splits, patients, tree.findings),
         "per_patient": per_patient(files, patients),
         "boxes": summarize_boxes(wh),
         "short_edge": args.short_edge,

@@ -6,7 +6,7 @@ Grey values are those of a brain window, 0 to 255.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -122,14 +122,22 @@ def counts(
     images: Sequence[Inspected],
     splits: Mapping[str, Sequence[str]],
     patients: Mapping[str, tuple[str, str]],
+    shown: Mapping[str, Collection[str]],
 ) -> list[dict]:
-    """Per split: patients, images, negatives, boxes, and images of each type."""
+    """Per split: patients, images, negatives, boxes, and images of each type.
+
+    Args:
+        images: all of them.
+        splits: image ids of each.
+        patients: patient and study by image id.
+        shown: what each image shows, of ``VocTree.findings``; a negative one nothing.
+    """
     by_id = {i.image: i for i in images}
     names = sorted({obj.name for i in images for obj in i.objects})
     rows = []
     for split, ids in {**splits, "all": list(by_id)}.items():
         members = [by_id[i] for i in ids if i in by_id]
-        negative = sum(not i.objects for i in members)
+        negative = sum(not shown[i.image] for i in members)
         rows.append(
             {
                 "split": split,
@@ -162,11 +170,10 @@ def split_table(root: Path) -> list[dict]:
         for ids in splits.values()
         for image in ids
     ]
-    bleeds = {i.image for i in images if i.objects}
     table = []
-    for row in counts(images, splits, patients):
+    for row in counts(images, splits, patients, tree.findings):
         ids = splits.get(row["split"], [i.image for i in images])
-        positive = {patients[i][0] for i in ids if i in bleeds and i in patients}
+        positive = {patients[i][0] for i in ids if tree.findings[i] and i in patients}
         table.append(
             {
                 "split": row["split"],

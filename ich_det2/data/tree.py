@@ -163,6 +163,17 @@ class VocTree:
         """
         return {i: frozenset(o.name for o in self.annotation(i).objects) for i in self.images}
 
+    @cached_property
+    def findings(self) -> dict[str, frozenset[str]]:
+        """As :attr:`types`, and "hemorrhage" of a slice without boxes that ``labels.csv`` says
+        bleeds: empty for a healthy slice alone.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`annotation` and :attr:`labels`.
+        """
+        unboxed = frozenset({"hemorrhage"})
+        return {i: t or (unboxed if self.labels.get(i) else t) for i, t in self.types.items()}
+
     # ---- lists ---------------------------------------------------------------------------------
 
     @cached_property

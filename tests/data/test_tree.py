@@ -67,6 +67,14 @@ def test_a_name_with_suffix_or_folder_is_that_of_the_image(tree_of, name):
     assert tree.labels == {"a": 0}
 
 
+def test_a_slice_that_bleeds_without_boxes_is_no_healthy_one(tree_of):
+    assert VocTree(tree_of()).findings == {"a": {"IPH"}, "b": set()}
+    tree = VocTree(tree_of(labels="image,label\na,1\nb,1\n"))
+    assert tree.findings == {"a": {"IPH"}, "b": {"hemorrhage"}}
+    assert tree.types == {"a": {"IPH"}, "b": set()}
+    assert VocTree(tree_of(labels="image,label\na,1\nb,0\n")).findings["b"] == set()
+
+
 def test_images_without_a_row_are_counted(tree_of, caplog):
     assert set(VocTree(tree_of(patients="image,patient\na,P1\n")).patients) == {"a"}
     assert "lacks 1 of 2 images, 'b' for one" in caplog.text

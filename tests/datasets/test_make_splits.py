@@ -141,6 +141,21 @@ def test_bleeding_patients_alone_with_so_many_negatives(tree, by):
         assert not {i[0] for i in parts["a"]} & {i[0] for i in parts["b"]}
 
 
+def test_labels_without_boxes_count_as_bleeding(tree, capsys):
+    # The odd patients bleed too, in their first image, without a box.
+    labels = {i: int(i[0] in "13579" and i[2] == "0" or i[0] in "02468" and i[2] == "1")
+              for i in VocTree(tree).images}  # fmt: skip
+    text = "".join(f"{image},{label}\n" for image, label in labels.items())
+    (tree / "labels.csv").write_text("image,label\n" + text)
+    assert run(tree, "--bleeding-patients", "0") == 0
+    drawn = {image for ids in lists(tree).values() for image in ids}
+    assert drawn == {image for image, label in labels.items() if label} and len(drawn) == 10
+    assert "100.0%" in capsys.readouterr().out
+    assert run(tree, "--folds", "5") == 0
+    for k, ids in enumerate(lists(tree, [f"fold{i}_val" for i in range(5)]).values()):
+        assert sum(labels[i] for i in ids) == 2, k
+
+
 def test_bleeding_patients_need_patients(tree, capsys):
     (tree / "patients.csv").unlink()
     message = refused(capsys, tree, "--by", "image", "--bleeding-patients")

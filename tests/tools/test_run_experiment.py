@@ -278,13 +278,21 @@ def test_table_1_counts_slices_and_patients(run, full_tree, tmp_path, capsys):
         assert [rows[s][name] for s in ("train", "val", "test", "all")] == ["2", "1", "1", "4"]
     assert rows["all"]["IPH"] == "4"
     assert "| train   |        4 |" in capsys.readouterr().out
+    # One more bleeds, without a box.
+    ids = "abcdefgh"
+    text = "".join(f"{i},{int(i in 'acegb')}\n" for i in ids)
+    Path(argv[2].removeprefix("data.root="), "labels.csv").write_text("image,label\n" + text)
+    assert run("experiment=table1", *argv) == 0
+    rows = {row["split"]: row for row in rows_of(tmp_path / "tree/table1/table.csv")}
+    for name in ("positive slices", "positive patients"):
+        assert [rows[s][name] for s in ("train", "val", "test", "all")] == ["3", "1", "1", "5"]
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
         (["--help"], 0, "experiment=figure3 data=ct_ich"),
-        ([], 2, "experiment: figure2, figure3, figure4, figure5, table1"),
+        ([], 2, "experiment: figure2, figure3, figure4, figure5, protocol, table1"),
         (["experiment=figure9"], 2, "experiment is 'figure9', expected one of figure2"),
         (["experiment=figure3", "data=own"], 2, "data.root is not given, expected data.root=VALUE"),
         (["experiment=figure3"], 2, "You must specify 'data'"),
