@@ -44,6 +44,12 @@ def check_operating_point(cfg: CfgNode) -> None:
             check_weights(smoothing)
     except ValueError as error:
         raise ValueError(f"TEST.DIAGNOSIS.SMOOTHING: {error}") from error
+    iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
+    if not 0 <= iou <= 1 or (iou and not smoothing):
+        raise ValueError(
+            f"TEST.DIAGNOSIS.SMOOTHING_IOU is {iou} with SMOOTHING {smoothing}, expected 0, or at"
+            " most 1 beside weights."
+        )
 
 
 def build_settings(cfg: CfgNode) -> Settings:

@@ -156,7 +156,10 @@ def _smoothing(cfg: CfgNode) -> str:
     weights = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
     if not weights:
         return ""
-    return f" An image's score is the mean over its neighbours in the series, weighted {weights}."
+    text = f" An image's score is the mean over its neighbours in the series, weighted {weights}"
+    if iou := cfg.TEST.DIAGNOSIS.SMOOTHING_IOU:
+        text += f", and a box's that of it and of boxes there that overlap it by IoU {iou:g}"
+    return f"{text}."
 
 
 def _plain(value) -> str:

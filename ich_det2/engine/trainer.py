@@ -179,6 +179,7 @@ class IchTrainer(DefaultTrainer):
             cost_ratio=cfg.TEST.DIAGNOSIS.COST_RATIO,
             patient_rule=cfg.TEST.DIAGNOSIS.PATIENT_RULES[0],
             smoothing=cfg.TEST.DIAGNOSIS.SMOOTHING,
+            smoothing_iou=cfg.TEST.DIAGNOSIS.SMOOTHING_IOU,
             truth=DatasetCatalog.get(dataset_name),
             output_dir=output_dir,
         )

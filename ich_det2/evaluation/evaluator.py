@@ -15,8 +15,8 @@ from ..files import write_csv, write_json
 from .analysis import Settings, levels_of, summaries, threshold_rows
 from .diagnosis import COST_RATIO, METRICS
 from .plots import plot_roc, plot_thresholds
-from .predictions import Predictions, write_predictions
-from .smoothing import check_weights, smooth_scores
+from .predictions import SMOOTHED, Predictions, write_boxes, write_predictions
+from .smoothing import check_weights, smooth_boxes, smooth_scores
 
 DIAGNOSIS = "diagnosis.json"
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -38,6 +38,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
         cost_ratio: float = COST_RATIO,
         patient_rule: str = "any",
         smoothing: Sequence[float] = (),
+        smoothing_iou: float = 0.0,
         truth: Sequence[dict] | None = None,
         output_dir=None,
         distributed: bool = True,
@@ -49,7 +50,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
             cost_ratio: cost of a missed bleed, in false alarms.
             patient_rule: of ``patient_scores``.
             smoothing: weights of ``smooth_scores``, by which images and patients are diagnosed;
-                none leaves the scores as they are. Boxes keep theirs.
+                none leaves the scores as they are.
+            smoothing_iou: of ``smooth_boxes``, in (0, 1]; 0: boxes keep their scores.
             truth: dataset dicts with the true boxes ("annotations"; a "type" if known), for the
                 numbers of lesions; None does without.
             output_dir: folder for the files; None writes none.
@@ -59,6 +61,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
             thresholds, operating_threshold, cost_ratio=cost_ratio, patient_rules=(patient_rule,)
         )
         self.smoothing = check_weights(smoothing) if len(smoothing) else None
+        self.smoothing_iou = smoothing_iou
         self.truth = None if truth is None else {str(d["image_id"]): d for d in truth}
         self.output_dir = Path(output_dir) if output_dir else None
         self.distributed = distributed
@@ -112,6 +115,10 @@ class DiagnosisEvaluator(DatasetEvaluator):
         predictions = self._predictions(rows)
         if self.output_dir is not None:
             summary = write_evaluation(self.output_dir, predictions, self.settings)
+            if self.smoothing is not None and self.smoothing_iou and predictions.boxes is not None:
+                write_boxes(predictions, self.output_dir, SMOOTHED)
+            else:
+                (self.output_dir / SMOOTHED).unlink(missing_ok=True)
         else:
             summary = summaries(predictions, self.settings)
         logging.getLogger(__name__).info(
@@ -128,7 +135,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
         images, patients, files, labels, scores, boxes, series, positions = columns
         scores, raw_scores = np.array(scores, dtype=float), None
         if self.smoothing is not None:
-            raw_scores, scores = scores, self._smooth(scores, patients, series, positions)
+            raw_scores = scores
+            scores, boxes = self._smooth(scores, boxes, patients, series, positions)
         true_boxes = types = None
         if self.truth is not None:
             annotations = [self.truth[image].get("annotations", []) for image in images]
@@ -150,13 +158,16 @@ class DiagnosisEvaluator(DatasetEvaluator):
             raw_scores=raw_scores,
         )
 
-    def _smooth(self, scores, patients, series, positions) -> np.ndarray:
+    def _smooth(self, scores, boxes, patients, series, positions) -> tuple:
         if len(scores) and np.isnan(positions).all():
             raise ValueError(
                 "smoothing needs the place of each image in its series, got none; expected"
                 ' "series" and "position_mm" in the dataset dicts.'
             )
-        return smooth_scores(scores, [*zip(patients, series)], positions, self.smoothing)
+        where = [*zip(patients, series)], positions, self.smoothing
+        if self.smoothing_iou and not any(entry is None for entry in boxes):
+            scores, boxes = smooth_boxes(scores, boxes, *where, self.smoothing_iou)
+        return smooth_scores(scores, *where), boxes
 
 
 def _metrics(summary: dict[str, dict]) -> dict[str, float]:

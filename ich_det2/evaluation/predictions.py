@@ -20,6 +20,8 @@ from .diagnosis import group_index
 from .froc import HITS, froc_curve, match_detections
 
 SCORES, LESIONS, RESULTS = "image_scores.csv", "lesions.csv", "coco_instances_results.json"
+SMOOTHED = "smoothed_boxes.json"
+"""As RESULTS, the same boxes with scores smoothed along the series, where they are."""
 SCORE_FIELDS = ("image_id", "file_name", "patient_id", "label", "score")
 RAW_SCORE = "raw_score"
 LESION_FIELDS = ("image_id", "patient_id", "type", "x", "y", "width", "height")
@@ -35,7 +37,8 @@ class Predictions:
         labels: int (M,), 1 hemorrhage, 0 none.
         scores: float64 (M,), by which images are diagnosed; a detector's highest box score, 0
             without boxes, or these smoothed.
-        boxes: M arrays (D, 5): score, x, y, width, height; None if only the scores are known.
+        boxes: M arrays (D, 5): score, smoothed or not, x, y, width, height; None if only the scores
+            are known.
         true_boxes: M arrays (G, 4); None if only the labels are known.
         types: M lists of the names of the G types; None as ``true_boxes``.
         raw_scores: float64 (M,), the scores before smoothing; None if they are not smoothed.
@@ -147,14 +150,14 @@ def write_predictions(predictions: Predictions, folder: Path) -> None:
         write_csv(folder / LESIONS, LESION_FIELDS, rows)
 
 
-def write_boxes(predictions: Predictions, folder: Path) -> None:
+def write_boxes(predictions: Predictions, folder: Path, name: str = RESULTS) -> None:
     """Writes the predicted boxes as COCO results, beside :func:`write_predictions`."""
     rows = [
         {"image_id": image, "category_id": 0, "bbox": row[1:], "score": row[0]}
         for image, boxes in zip(predictions.image_ids, predictions.boxes or ())
         for row in boxes.tolist()
     ]
-    write_json(folder / RESULTS, rows)
+    write_json(folder / name, rows)
 
 
 def read_predictions(
@@ -164,9 +167,9 @@ def read_predictions(
 
     Args:
         path: a folder with ``image_scores.csv``, as an evaluation leaves it; boxes are read from
-            ``coco_instances_results.json`` beside it, true ones from ``truth``, ``lesions.csv`` or
-            the folder's ``*_coco_format.json``, as far as they are there. Or such a CSV file, or
-            COCO results (JSON), which need ``truth``.
+            ``smoothed_boxes.json`` or else ``coco_instances_results.json`` beside it, true ones
+            from ``truth``, ``lesions.csv`` or the folder's ``*_coco_format.json``, as far as they
+            are there. Or such a CSV file, or COCO results (JSON), which need ``truth``.
         truth: COCO ground truth; an image may have a "patient_id". An image is positive if it has
             an annotation.
         patients: CSV file ``image,patient``; without any, each image is a patient of its own.
@@ -200,8 +203,9 @@ def read_predictions(
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{table}: label is {labels.max()}, expected 0 or 1.")
     boxes = true_boxes = types = None
-    if path.is_dir() and (path / RESULTS).is_file():
-        boxes = _boxes_of(path / RESULTS, ids)
+    for results in (path / SMOOTHED, path / RESULTS) if path.is_dir() else ():
+        if boxes is None and results.is_file():
+            boxes = _boxes_of(results, ids)
     formats = sorted(path.glob("*_coco_format.json")) if path.is_dir() else []
     paths = [row["file_name"] for row in rows]
     if truth is None and formats:

@@ -1,6 +1,6 @@
-"""Scores of slices smoothed along their series: a bleed seldom ends where a slice does.
+"""Scores of slices and boxes smoothed along their series: a bleed seldom ends where a slice does.
 
-Shape glossary: N slices; C neighbours on either side.
+Shape glossary: N slices; C neighbours on either side; D boxes of a slice.
 """
 
 from collections import defaultdict
@@ -8,13 +8,17 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pycocotools import mask as coco_mask
 from scipy.optimize import minimize
-from scipy.special import logit
+from scipy.special import expit, logit
 
 from ..data.dicom import neighbours
 
 _EDGE = 1e-6
 """Scores are kept so far from 0 and 1, where the logit is infinite (a slice without boxes)."""
+
+_BOX_EDGE = 1e-4
+"""As :data:`_EDGE`, of the highest box; boxes of smaller scores say nothing of a slice."""
 
 
 def check_weights(weights: ArrayLike) -> np.ndarray:
@@ -69,6 +73,61 @@ def smooth_scores(
     high = np.where(there, beside, -np.inf).max(axis=1, initial=-np.inf)
     # Sums of fractions are not exact.
     return np.where(there.any(axis=1), np.clip(smoothed, low, high), np.nan)
+
+
+def smooth_boxes(
+    scores: ArrayLike,
+    boxes: Sequence[np.ndarray],
+    series: Sequence[Hashable],
+    positions_mm: ArrayLike,
+    weights: ArrayLike,
+    iou_threshold: float,
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Each box's score as the weighted mean of its own and of what lies there in the neighbours.
+
+    Of a neighbouring slice that is the highest score of a box that overlaps it, 0 if there is none:
+    what is a bleed goes on in the next slice, at the same place. The logit of the slice's score
+    moves by as much as that of its highest box.
+
+    Args:
+        scores: (N,), of the slices, in [0, 1]; NaN for one that was not read, which stays so.
+        boxes: N arrays (D, 5): score, x, y, width, height, in pixels of slices of one grid.
+        series, positions_mm, weights: as :func:`smooth_scores`, by which the slices are smoothed
+            after this.
+        iou_threshold: the least IoU with a box to lie there, in (0, 1].
+
+    Returns:
+        float64 (N,), and N arrays (D, 5), in the order given.
+
+    Raises:
+        ValueError: if the weights are none.
+    """
+    kernel, values = check_weights(weights), np.asarray(scores, dtype=float)
+    table = _neighbours(values, series, positions_mm, len(kernel) // 2)
+    smoothed = []
+    for own, row in zip(boxes, table):
+        weight, total = 0.0, np.zeros(len(own))
+        for column, neighbour in enumerate(row):
+            if neighbour < 0 or not len(own):
+                continue
+            weight += kernel[column]
+            other = boxes[neighbour]
+            if column == len(kernel) // 2:
+                total += kernel[column] * own[:, 0]
+            elif len(other):
+                crowd = np.zeros(len(other), dtype=np.uint8)
+                there = coco_mask.iou(own[:, 1:], other[:, 1:], crowd) >= iou_threshold
+                total += kernel[column] * (there * other[:, 0]).max(axis=1)
+        smoothed.append(np.c_[total / weight, own[:, 1:]] if weight > 0 else own)
+    before, after = (
+        np.array([b[:, 0].max(initial=0.0) for b in found]) for found in (boxes, smoothed)
+    )
+    shift = logit(np.clip(after, _BOX_EDGE, 1 - _BOX_EDGE))
+    shift -= logit(np.clip(before, _BOX_EDGE, 1 - _BOX_EDGE))
+    moved = expit(logit(np.clip(values, _EDGE, 1 - _EDGE)) + shift)
+    # A detector's own score of a slice is that of its highest box.
+    moved = np.where(values == before, after, np.where(shift == 0, values, moved))
+    return moved, smoothed
 
 
 def fit_smoothing(
@@ -149,9 +208,19 @@ def _beside(
     scores: ArrayLike, series: Sequence[Hashable], positions_mm: ArrayLike, reach: int
 ) -> np.ndarray:
     """Scores (N, 2 C + 1) of each slice, in the middle, and of its neighbours; NaN for none."""
-    values, positions = np.asarray(scores, dtype=float), np.asarray(positions_mm, dtype=float)
-    beside = np.full((len(values), 2 * reach + 1), np.nan)
-    beside[:, reach] = values
+    values = np.asarray(scores, dtype=float)
+    table = _neighbours(values, series, positions_mm, reach)
+    return np.where(table >= 0, values[table], np.nan) if len(values) else np.zeros(table.shape)
+
+
+def _neighbours(
+    values: np.ndarray, series: Sequence[Hashable], positions_mm: ArrayLike, reach: int
+) -> np.ndarray:
+    """Indices (N, 2 C + 1) of each slice, in the middle, and of its neighbours; -1 for none, and
+    for a slice without a score."""
+    positions = np.asarray(positions_mm, dtype=float)
+    beside = np.full((len(values), 2 * reach + 1), -1)
+    beside[:, reach] = np.where(np.isnan(values), -1, np.arange(len(values)))
     members: dict[Hashable, list[int]] = defaultdict(list)
     for i in np.flatnonzero(~np.isnan(positions)).tolist():
         members[series[i]].append(i)
@@ -159,12 +228,11 @@ def _beside(
         # Slices at one place follow one another by their scores, whatever the order given.
         own = own[np.lexsort((values[own], positions[own]))]
         table = neighbours(positions[own], reach)
-        found = values[own][table]
+        found = np.where(np.isnan(values[own][table]), -1, own[table])
         for step in (-1, 1):
             for column in range(reach + step, reach + step * (reach + 1), step):
                 before = column - step
                 # Where there is none the nearest stands in, which is no neighbour here.
-                ends = (table[:, column] == table[:, before]) | np.isnan(found[:, before])
-                found[ends, column] = np.nan
+                found[(table[:, column] == table[:, before]) | (found[:, before] < 0), column] = -1
         beside[own] = found
     return beside

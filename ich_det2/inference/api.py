@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..evaluation.smoothing import smooth_scores
+import numpy as np
+
+from ..evaluation.smoothing import smooth_boxes, smooth_scores
 from ..zoo import DEFAULT
 from .diagnoser import Detections, Diagnoser
 from .results import (
@@ -92,11 +94,13 @@ def _detect(
     """
     results, failed = [], []
     outputs = model(slices)
+    # Those of low scores may be of a bleed that is clearer in the next slice.
+    least = 0.0 if model.smoothing_iou else threshold / 2
     with contextlib.closing(outputs):
         pairs = zip(slices, outputs, strict=True)
         for entry, found in progress(pairs, "detecting", len(slices)):
             if isinstance(found, Detections):
-                shown = found.at_least(threshold / 2)
+                shown = found.at_least(least)
                 results.append(
                     SliceDiagnosis(
                         source=entry,
@@ -121,28 +125,45 @@ def _detect(
                     )
                 )
     if model.smoothing:
-        results = _smooth(results, slices, model.smoothing, threshold)
+        results = _smooth(results, slices, model, threshold)
     return results, failed
 
 
 def _smooth(
-    results: Sequence[SliceDiagnosis],
-    slices: Sequence[Slice],
-    weights: Sequence[float],
-    threshold: float,
+    results: Sequence[SliceDiagnosis], slices: Sequence[Slice], model: Diagnoser, threshold: float
 ) -> list[SliceDiagnosis]:
     """Diagnoses by scores smoothed within each series; slices without one were not read."""
-    keys = [(entry.path, entry.frame) for entry in slices]
-    raw = {(s.source.path, s.source.frame): s.score for s in results}
-    scores = smooth_scores(
-        [raw.get(key, math.nan) for key in keys],
+    found = {(s.source.path, s.source.frame): s for s in results}
+    read = [found.get((entry.path, entry.frame)) for entry in slices]
+    scores = np.array([math.nan if s is None else s.score for s in read])
+    boxes = [np.zeros((0, 5)) if s is None else _as_rows(s) for s in read]
+    where = (
         [(entry.patient, entry.series) for entry in slices],
         [entry.position_mm for entry in slices],
-        weights,
+        model.smoothing,
     )
-    smoothed = dict(zip(keys, scores.tolist(), strict=True))
-    pairs = [(s, smoothed[s.source.path, s.source.frame]) for s in results]
-    return [
-        replace(s, score=score, verdict=verdict(score, threshold), raw_score=s.score)
-        for s, score in pairs
-    ]
+    if model.smoothing_iou:
+        scores, boxes = smooth_boxes(scores, boxes, *where, model.smoothing_iou)
+    smoothed = []
+    for s, score, rows in zip(read, smooth_scores(scores, *where).tolist(), boxes):
+        if s is None:
+            continue
+        s = replace(s, score=score, verdict=verdict(score, threshold), raw_score=s.score)
+        if model.smoothing_iou:
+            order = np.argsort(-rows[:, 0], kind="stable")
+            order = order[rows[order, 0] >= min(threshold / 2, rows[:, 0].max(initial=0.0))]
+            s = replace(
+                s,
+                boxes=s.boxes[order],
+                scores=rows[order, 0],
+                classes=tuple(s.classes[i] for i in order),
+                raw_scores=s.scores[order],
+            )
+        smoothed.append(s)
+    return smoothed
+
+
+def _as_rows(s: SliceDiagnosis) -> np.ndarray:
+    """Boxes as (D, 5): score, x, y, width, height."""
+    corners = s.boxes.astype(float).reshape(-1, 4)
+    return np.c_[s.scores, corners[:, :2], corners[:, 2:] - corners[:, :2]]

@@ -112,6 +112,7 @@ class Diagnoser:
         threshold: float = 0.5,
         patient_rule: str = "any",
         smoothing: Sequence[float] = (),
+        smoothing_iou: float = 0.0,
         context: dict | None = None,
         head_crop: bool = False,
         facts: dict | None = None,
@@ -125,6 +126,7 @@ class Diagnoser:
             threshold: of its operating point.
             patient_rule: see ``patient_scores``.
             smoothing: weights of ``smooth_scores``; none leaves the scores as they are.
+            smoothing_iou: of ``smooth_boxes``; 0 leaves the boxes' scores as they are.
             context: which neighbours the mapper asks for, arguments of ``find_slices``.
             head_crop: crop slices to the head, see :func:`find_crops`.
             facts: which model it is, for a person.
@@ -136,6 +138,7 @@ class Diagnoser:
         self.threshold = threshold
         self.patient_rule = patient_rule
         self.smoothing = tuple(smoothing)
+        self.smoothing_iou = smoothing_iou
         self.context = context or {}
         self.head_crop = head_crop
         self.facts = facts or {}
@@ -168,6 +171,7 @@ class Diagnoser:
         _check_weights(model, weights)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
+        smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
         return cls(
             model,
             IchDatasetMapper(cfg, is_train=False),
@@ -176,6 +180,7 @@ class Diagnoser:
             threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
             patient_rule=patient_rule,
             smoothing=smoothing,
+            smoothing_iou=smoothing_iou,
             context=context_settings(cfg),
             head_crop=cfg.INPUT.HEAD_CROP,
             facts={
@@ -185,6 +190,7 @@ class Diagnoser:
                 "operating_point": point and {"rule": point.rule, "dataset": point.dataset},
                 "patient_rule": patient_rule,
                 **({"smoothing": smoothing} if smoothing else {}),
+                **({"smoothing_iou": smoothing_iou} if smoothing_iou else {}),
             },
         )
 

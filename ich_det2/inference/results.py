@@ -58,6 +58,7 @@ class SliceDiagnosis:
         scores: float64 (M,), of the boxes.
         classes: M names.
         raw_score: the score before smoothing; None without smoothing.
+        raw_scores: float64 (M,), those of the boxes before smoothing; None where they keep theirs.
     """
 
     source: Slice = field(repr=False)
@@ -67,6 +68,7 @@ class SliceDiagnosis:
     scores: np.ndarray
     classes: tuple[str, ...]
     raw_score: float | None = None
+    raw_scores: np.ndarray | None = None
 
     @property
     def patient(self) -> str:
@@ -190,6 +192,8 @@ class Diagnosis:
                 {"box": [round(float(v), 2) for v in box], "score": float(score), "class": name}
                 for box, score, name in zip(s.boxes, s.scores, s.classes, strict=True)
             ]
+            for box, raw in zip(boxes, [] if s.raw_scores is None else s.raw_scores):
+                box[RAW_SCORE] = float(raw)
             by_patient[s.patient].append({**left, "boxes": boxes})
         return {
             "tool": TOOL,

@@ -260,6 +260,26 @@ def test_images_and_patients_are_diagnosed_by_smoothed_scores(make):
     assert [found[:, 0].max(initial=0) for found in boxes] == list(raw.values())
 
 
+def test_boxes_are_smoothed_along_the_series_and_read_back(make):
+    evaluator = make(smoothing=[0.25, 0.5, 0.25], smoothing_iou=0.5)
+    feed_places(evaluator).evaluate()
+    rows = {row[0]: row for row in read_csv(evaluator.output_dir / "image_scores.csv")[1:]}
+    found = read_predictions(evaluator.output_dir)
+    raw = dict(zip("abcde", found.raw_scores.tolist()))
+    assert raw == {"a": 0.0, "b": 0.75, "c": 0.5, "d": 0.125, "e": 0.25}
+    # "a" has no box for that of "b"; those of "c" and "d" lie at one place. Then the slices are
+    # smoothed by these.
+    top = {"a": 0.0, "b": 1.5 / 3, "c": 1.125 / 3, "d": 0.75 / 3, "e": 0.25}
+    assert [b[:, 0].max(initial=0) for b in found.boxes] == pytest.approx(list(top.values()))
+    expected = {"a": 0.5 / 3, "b": 1 / 3, "c": (2 * top["c"] + top["d"]) / 3, "e": 0.25}
+    assert {i: float(rows[i][4]) for i in expected} == pytest.approx(expected)
+    # An evaluation without it leaves none of it.
+    again = make(smoothing=[0.25, 0.5, 0.25])
+    again.output_dir = evaluator.output_dir
+    feed_places(again).evaluate()
+    assert not (evaluator.output_dir / "smoothed_boxes.json").exists()
+
+
 def test_raw_scores_are_read_back_taken_and_joined(make, tmp_path):
     evaluator = feed_places(make(smoothing=[0.25, 0.5, 0.25]))
     evaluator.evaluate()

@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ich_det2.evaluation.diagnosis import roc_auc_score
-from ich_det2.evaluation.smoothing import check_weights, fit_smoothing, smooth_scores
+from ich_det2.evaluation.smoothing import (
+    check_weights,
+    fit_smoothing,
+    smooth_boxes,
+    smooth_scores,
+)
 
 QUARTERS = [0.25, 0.5, 0.25]
 nan = np.nan
@@ -88,6 +93,90 @@ kernels = st.integers(0, 2).flatmap(
         st.floats(0, 1), min_size=2 * reach + 1, max_size=2 * reach + 1
     ).filter(lambda w: sum(w) > 0.1).map(lambda w: [x / sum(w) for x in w])
 )  # fmt: skip
+
+
+# ---- boxes ---------------------------------------------------------------------------------------
+
+
+def rows(*boxes):
+    return np.array(boxes, dtype=float).reshape(-1, 5)
+
+
+def test_hand_worked_boxes():
+    # A bleed in the first two slices, IoU 80 / 120; what is bright elsewhere in the third.
+    boxes = [
+        rows((0.8, 0, 0, 10, 10)),
+        rows((0.6, 0, 2, 10, 10), (0.4, 50, 50, 10, 10)),
+        rows((0.9, 80, 80, 10, 10), (0.2, 50, 50, 10, 10), (0.1, 50, 51, 10, 10)),
+    ]
+    scores = [0.8, 0.6, 0.9]
+    args = (["s"] * 3, [0, 5, 10], QUARTERS)
+    moved, found = smooth_boxes(scores, boxes, *args, 0.5)
+    # (0.5 * 0.8 + 0.25 * 0.6) / 0.75; 0.5 * 0.6 + 0.25 * 0.8 and 0.5 * 0.4 + 0.25 * 0.2;
+    # 0.5 * 0.9 / 0.75, and with 0.25 * 0.4 of the second slice.
+    expected = [[0.55 / 0.75], [0.5, 0.25], [0.6, 0.2 / 0.75, 0.15 / 0.75]]
+    for smoothed, before, values in zip(found, boxes, expected):
+        assert smoothed[:, 0] == pytest.approx(values)
+        assert smoothed[:, 1:].tolist() == before[:, 1:].tolist()
+    assert moved == pytest.approx([values[0] for values in expected])
+    # Beyond an IoU of 2/3 the first two are no neighbours of one another.
+    _, apart = smooth_boxes(scores, boxes, *args, 0.7)
+    assert apart[0][:, 0] == pytest.approx([0.4 / 0.75])
+
+
+def test_a_score_of_the_slices_own_moves_as_its_highest_box():
+    boxes = [rows((0.5, 0, 0, 10, 10)), rows((0.8, 0, 0, 10, 10)), rows()]
+    moved, found = smooth_boxes([0.3, 0.8, 0.25], boxes, ["s"] * 3, [0, 5, 10], QUARTERS, 0.5)
+    # The first box goes from odds of 1 to those of 0.45 / 0.75 = 0.6, 3/2; the slice's are 3/7.
+    odds = 3 / 7 * 3 / 2
+    assert moved == pytest.approx([odds / (1 + odds), 0.5 * 0.8 + 0.25 * 0.5, 0.25])
+    assert len(found[2]) == 0
+
+
+def test_boxes_of_slices_that_were_not_read_or_are_elsewhere_have_no_say():
+    boxes = [rows((0.8, 0, 0, 9, 9)), rows((0.4, 0, 0, 9, 9)), rows((0.6, 0, 0, 9, 9))]
+    for series, positions, scores in (
+        ("sts", [0, 5, 10], [0.8, 0.4, 0.6]),
+        ("sss", [nan, nan, nan], [0.8, 0.4, 0.6]),
+        ("sss", [0, 50, 100.5], [0.8, 0.4, nan]),
+    ):
+        moved, found = smooth_boxes(scores, boxes, series, positions, QUARTERS, 0.5)
+        apart = [b.copy() for b in boxes]
+        if series == "sts":
+            apart[0][0, 0], apart[2][0, 0] = (1.6 + 0.6) / 3, (1.2 + 0.8) / 3
+        if np.isnan(scores).any():
+            apart[0][0, 0], apart[1][0, 0] = (1.6 + 0.4) / 3, (0.8 + 0.8) / 3
+        for smoothed, expected in zip(found, apart):
+            assert smoothed == pytest.approx(expected)
+        assert np.isnan(moved).tolist() == np.isnan(scores).tolist()
+    assert smooth_boxes([], [], [], [], QUARTERS, 0.5)[1] == []
+
+
+some_boxes = st.lists(
+    st.tuples(st.floats(0, 1), *[st.integers(0, 9)] * 2, *[st.integers(1, 9)] * 2), max_size=3
+)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), some_boxes), min_size=1, max_size=8),
+    kernels,
+    st.floats(0.05, 1),
+)
+def test_scores_stay_scores_and_lonely_boxes_do_not_gain(slices, weights, threshold):
+    scores, boxes = [score for score, _ in slices], [rows(*own) for _, own in slices]
+    args = (["s"] * len(slices), range(len(slices)), weights, threshold)
+    moved, found = smooth_boxes(scores, boxes, *args)
+    assert ((moved >= 0) & (moved <= 1)).all()
+    best = max((b[:, 0].max(initial=0) for b in boxes), default=0)
+    for before, after in zip(boxes, found):
+        assert (after[:, 0] >= 0).all() and (after[:, 0] <= best + 1e-12).all()
+        assert (after[:, 1:] == before[:, 1:]).all()
+    top = [b[:, 0].max(initial=0) for b in boxes]
+    moved, found = smooth_boxes(top, boxes, *args)
+    assert moved == pytest.approx([b[:, 0].max(initial=0) for b in found])
+
+
+# ---- scores --------------------------------------------------------------------------------------
 
 
 @given(scores_in_series, kernels, st.randoms(use_true_random=False))

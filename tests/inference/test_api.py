@@ -191,6 +191,26 @@ def test_slices_and_patients_are_diagnosed_by_smoothed_scores(exam, finder, tmp_
     assert diagnose(exam, finder, threshold=0.9).patients[0].verdict == "negative"
 
 
+def test_boxes_are_smoothed_too_and_keep_their_raw_scores(exam, finder):
+    plain = diagnose(exam, finder, threshold=0.5)
+    finder.smoothing, finder.smoothing_iou = (0.25, 0.5, 0.25), 0.3
+    found = diagnose(exam, finder, threshold=0.5)
+    a, b, c, d = (s.score for s in plain.slices[:4])
+    assert b > max(a, c, d)
+    for before, after in zip(plain.slices, found.slices):
+        assert after.raw_score == before.score
+        assert len(after.boxes) == len(after.scores) == len(after.classes) == len(after.raw_scores)
+        assert sorted(after.scores, reverse=True) == after.scores.tolist()
+    # The finder's boxes lie where the bleed is: alone, it has half of its score.
+    bleed = found.slices[1]
+    assert bleed.raw_scores[0] == b and b / 2 <= bleed.scores[0] <= b
+    content = found.to_dict()["patients"][0]["slices"][1]["boxes"]
+    assert [(box["score"], box["raw_score"]) for box in content] == [
+        *zip(bleed.scores.tolist(), bleed.raw_scores.tolist())
+    ]
+    assert "raw_score" not in plain.to_dict()["patients"][0]["slices"][1]["boxes"][0]
+
+
 def test_pictures_of_no_series_and_slices_not_read_are_no_neighbours(
     write_series, finder, tmp_path
 ):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,10 @@ OPTIONS = {
         "0.5",
     ),
     "smoothing": ("TEST.DIAGNOSIS.SMOOTHING", "[0.2, 0.5, 0.3]"),
+    "smoothed boxes": (
+        *("TEST.DIAGNOSIS.SMOOTHING", "[0.2, 0.5, 0.3]", "TEST.DIAGNOSIS.SMOOTHING_IOU", "0.3"),
+        *("INPUT.SKULL_MASK", "True"),
+    ),
 }
 
 
@@ -117,7 +122,11 @@ def test_diagnose_feeds_what_the_evaluation_fed(tree, fed, tiny_cfg, tmp_path, o
         assert torch.equal(image, evaluated[key])
     if "INPUT.CONTEXT_SLICES" in options:
         check_neighbours(exam, fed)
-    if "TEST.DIAGNOSIS.SMOOTHING" in options:
+    if "TEST.DIAGNOSIS.SMOOTHING_IOU" in options:
+        results = json.loads((tmp_path / "o/diagnosis.json").read_text())["patients"]
+        boxes = [box for p in results for s in p["slices"] for box in s["boxes"]]
+        assert any(box["raw_score"] != box["score"] for box in boxes)
+    elif "TEST.DIAGNOSIS.SMOOTHING" in options:
         check_smoothing(tmp_path / "o/slices.csv", exam)
 
 
