@@ -44,11 +44,9 @@ def check_operating_point(cfg: CfgNode) -> None:
             check_weights(smoothing)
     except ValueError as error:
         raise ValueError(f"TEST.DIAGNOSIS.SMOOTHING: {error}") from error
-    iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
-    if not 0 <= iou <= 1 or (iou and not smoothing):
+    if not 0 <= cfg.TEST.DIAGNOSIS.SMOOTHING_IOU <= 1:
         raise ValueError(
-            f"TEST.DIAGNOSIS.SMOOTHING_IOU is {iou} with SMOOTHING {smoothing}, expected 0, or at"
-            " most 1 beside weights."
+            f"TEST.DIAGNOSIS.SMOOTHING_IOU is {cfg.TEST.DIAGNOSIS.SMOOTHING_IOU}, expected 0 to 1."
         )
 
 

@@ -51,7 +51,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
             patient_rule: of ``patient_scores``.
             smoothing: weights of ``smooth_scores``, by which images and patients are diagnosed;
                 none leaves the scores as they are.
-            smoothing_iou: of ``smooth_boxes``, in (0, 1]; 0: boxes keep their scores.
+            smoothing_iou: of ``smooth_boxes``, where there is smoothing; 0: boxes keep their scores.
             truth: dataset dicts with the true boxes ("annotations"; a "type" if known), for the
                 numbers of lesions; None does without.
             output_dir: folder for the files; None writes none.
@@ -61,7 +61,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
             thresholds, operating_threshold, cost_ratio=cost_ratio, patient_rules=(patient_rule,)
         )
         self.smoothing = check_weights(smoothing) if len(smoothing) else None
-        self.smoothing_iou = smoothing_iou
+        self.smoothing_iou = smoothing_iou if len(smoothing) else 0.0
         self.truth = None if truth is None else {str(d["image_id"]): d for d in truth}
         self.output_dir = Path(output_dir) if output_dir else None
         self.distributed = distributed
@@ -115,7 +115,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
         predictions = self._predictions(rows)
         if self.output_dir is not None:
             summary = write_evaluation(self.output_dir, predictions, self.settings)
-            if self.smoothing is not None and self.smoothing_iou and predictions.boxes is not None:
+            if self.smoothing_iou and predictions.boxes is not None:
                 write_boxes(predictions, self.output_dir, SMOOTHED)
             else:
                 (self.output_dir / SMOOTHED).unlink(missing_ok=True)

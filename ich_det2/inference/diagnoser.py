@@ -126,7 +126,7 @@ class Diagnoser:
             threshold: of its operating point.
             patient_rule: see ``patient_scores``.
             smoothing: weights of ``smooth_scores``; none leaves the scores as they are.
-            smoothing_iou: of ``smooth_boxes``; 0 leaves the boxes' scores as they are.
+            smoothing_iou: of ``smooth_boxes``, where there is smoothing; 0 leaves the boxes' scores.
             context: which neighbours the mapper asks for, arguments of ``find_slices``.
             head_crop: crop slices to the head, see :func:`find_crops`.
             facts: which model it is, for a person.
@@ -138,7 +138,7 @@ class Diagnoser:
         self.threshold = threshold
         self.patient_rule = patient_rule
         self.smoothing = tuple(smoothing)
-        self.smoothing_iou = smoothing_iou
+        self.smoothing_iou = smoothing_iou if self.smoothing else 0.0
         self.context = context or {}
         self.head_crop = head_crop
         self.facts = facts or {}
@@ -171,7 +171,7 @@ class Diagnoser:
         _check_weights(model, weights)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
-        smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
+        smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU if smoothing else 0.0
         return cls(
             model,
             IchDatasetMapper(cfg, is_train=False),

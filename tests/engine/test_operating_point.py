@@ -88,7 +88,6 @@ def test_another_patient_rule_than_it_was_chosen_with_is_said(run, caplog):
         (("TEST.DIAGNOSIS.PATIENT_RULES", "['most']"), "the patient rule is 'most'"),
         (("TEST.DIAGNOSIS.PATIENT_RULES", "[]"), "expected at least one"),
         (("TEST.DIAGNOSIS.SMOOTHING", "[0.5, 0.2]"), r"SMOOTHING: the weights are \[0.5, 0.2\]"),
-        (("TEST.DIAGNOSIS.SMOOTHING_IOU", "0.3"), r"SMOOTHING_IOU is 0.3 with SMOOTHING \[\]"),
         (("TEST.DIAGNOSIS.SMOOTHING_IOU", "1.5"), "SMOOTHING_IOU is 1.5"),
     ],
 )
