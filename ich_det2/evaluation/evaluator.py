@@ -51,7 +51,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
             patient_rule: of ``patient_scores``.
             smoothing: weights of ``smooth_scores``, by which images and patients are diagnosed;
                 none leaves the scores as they are.
-            smoothing_iou: of ``smooth_boxes``, where there is smoothing; 0: boxes keep their scores.
+            smoothing_iou: of ``smooth_boxes``, with smoothing; 0: boxes keep their scores.
             truth: dataset dicts with the true boxes ("annotations"; a "type" if known), for the
                 numbers of lesions; None does without.
             output_dir: folder for the files; None writes none.
