@@ -126,7 +126,7 @@ class Diagnoser:
             threshold: of its operating point.
             patient_rule: see ``patient_scores``.
             smoothing: weights of ``smooth_scores``; none leaves the scores as they are.
-            smoothing_iou: of ``smooth_boxes``, with smoothing; 0 leaves the boxes' scores as they are.
+            smoothing_iou: of ``smooth_boxes``, with smoothing; 0 leaves the scores of boxes.
             context: which neighbours the mapper asks for, arguments of ``find_slices``.
             head_crop: crop slices to the head, see :func:`find_crops`.
             facts: which model it is, for a person.
