@@ -52,6 +52,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     cfg.INPUT.HEAD_CROP = False
     # Blank what lies outside of the skull: the scalp, hands beside the head, the couch.
     cfg.INPUT.SKULL_MASK = False
+    # With one window: the second of the three channels shows how much denser than the slice's brain
+    # its soft tissue is, smoothed and without bone.
+    cfg.INPUT.DENSITY = False
     # Folder in which decoded slices of compressed DICOM files are kept. "": none.
     cfg.INPUT.CACHE_DIR = ""
     cfg.INPUT.AUG = CN()

@@ -11,13 +11,22 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from .inspection import DARK
+from .inspection import DARK, WINDOW
 
 THIN = 0.03
 """Of the image's shorter side: what is thinner is no head but a couch, a headrest or a tube."""
 
 BONE = 245
 """Grey value from which on it is bone: about 95 HU; clotted blood has 90 at most."""
+
+SMOOTH = 0.003
+"""Of the image's shorter side: the sigma that densities are smoothed by."""
+
+BRAIN_HU = (15.0, 60.0)
+"""Of brain, which is between water and blood; its median is that of grey and white matter."""
+
+DENSITY_HU = (-10.0, 40.0)
+"""Beyond the median of the brain: what is black and what is white in the picture of densities."""
 
 MIN_SHARE = 0.02
 """Of the image: what is smaller is no head."""
@@ -98,3 +107,34 @@ def _find_parts(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros_like(tissue), stats[:0]
     largest = 1 + areas.argmax()
     return (labels == largest).astype(np.uint8), stats[largest : largest + 1]
+
+
+def density_picture(grey: np.ndarray, skull: np.ndarray | None) -> np.ndarray:
+    """How much denser than the slice's own brain its soft tissue is, without bone and noise.
+
+    Blood stands out in it beside the skull too, where it is as white as bone in a window, and
+    whatever the scanner's calibration.
+
+    Args:
+        grey: uint8 (H, W) of the window ``inspection.WINDOW``, 40/120.
+        skull: of :func:`find_skull`.
+
+    Returns:
+        uint8 (H, W), 0 to 255 for ``DENSITY_HU`` beyond the median of the brain; 0 for bone, for
+        what bone's edge blurs, for air and for what is outside of the skull.
+    """
+    level, width = WINDOW
+    hu = (level - width / 2 + grey * np.float32(width / 255)).astype(np.float32)
+    inside = np.ones_like(grey) if skull is None else skull
+    bone = cv2.dilate((grey >= BONE).astype(np.uint8) & inside, np.ones((3, 3), np.uint8))
+    tissue = ((inside > 0) & (bone == 0) & (grey > DARK)).astype(np.float32)
+    brain = hu[(tissue > 0) & (hu > BRAIN_HU[0]) & (hu < BRAIN_HU[1])]
+    if not len(brain):
+        return np.zeros_like(grey)
+    # The mean over soft tissue alone, or bone would shine into it.
+    sigma = SMOOTH * min(grey.shape)
+    weight = cv2.GaussianBlur(tissue, (0, 0), sigma)
+    mean = cv2.GaussianBlur(hu * tissue, (0, 0), sigma) / np.maximum(weight, 1e-3)
+    low, high = DENSITY_HU
+    density = (mean - np.median(brain) - low) * (255 / (high - low))
+    return np.where(tissue > 0, density.clip(0, 255), 0).astype(np.uint8)

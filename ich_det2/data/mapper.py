@@ -13,7 +13,7 @@ from detectron2.data import transforms as T
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
 from .dicom import read_windowed
-from .head import find_skull
+from .head import density_picture, find_skull
 from .inspection import WINDOW
 from .pictures import is_picture, read_picture
 
@@ -36,6 +36,7 @@ class IchDatasetMapper:
         context_slices: int = 0,
         sequence_slices: int = 0,
         skull_mask: bool = False,
+        density: bool = False,
         cache_dir: str | Path = "",
     ):
         """
@@ -46,6 +47,7 @@ class IchDatasetMapper:
             context_slices: 0, or 1 for the slices before and after as channels of their own.
             sequence_slices: slices on either side that "sequence" holds, with the slice itself.
             skull_mask: blank what lies outside of the skull, see :func:`find_skull`.
+            density: the second of the three channels is :func:`density_picture`.
             cache_dir: of a :class:`SliceCache`; "" for none.
 
         Raises:
@@ -63,6 +65,11 @@ class IchDatasetMapper:
                 f"INPUT.CONTEXT_SLICES is {context_slices} with {len(windows)} windows, expected 0,"
                 " or 1 with one window: there are three channels."
             )
+        if density and (len(windows) != 1 or context_slices):
+            raise ValueError(
+                f"INPUT.DENSITY is True with {len(windows)} windows and INPUT.CONTEXT_SLICES"
+                f" {context_slices}, expected one window and 0: there are three channels."
+            )
         if sequence_slices < 0 or context_slices and sequence_slices:
             raise ValueError(
                 f"INPUT.SEQUENCE_SLICES is {sequence_slices} with INPUT.CONTEXT_SLICES"
@@ -72,6 +79,7 @@ class IchDatasetMapper:
         self.sequence_slices = sequence_slices
         self.context_slices = context_slices
         self.skull_mask = skull_mask
+        self.density = density
         self.cache = SliceCache(cache_dir) if cache_dir else None
         self.augmentations = T.AugmentationList(augmentations)
         self.windows = [(float(level), float(width)) for level, width in windows]
@@ -85,6 +93,7 @@ class IchDatasetMapper:
             "context_slices": cfg.INPUT.CONTEXT_SLICES,
             "sequence_slices": cfg.INPUT.SEQUENCE_SLICES,
             "skull_mask": cfg.INPUT.SKULL_MASK,
+            "density": cfg.INPUT.DENSITY,
             "cache_dir": cfg.INPUT.CACHE_DIR,
         }
 
@@ -101,22 +110,30 @@ class IchDatasetMapper:
         Raises:
             ValueError: naming the file, if it cannot be read.
         """
-        return self._read_slice(path, frame, skull_mask=False)[0]
+        return self._read_slice(path, frame)[0]
 
     def _read_slice(
-        self, path: str | Path, frame: int | None, *, skull_mask: bool
-    ) -> tuple[np.ndarray, float]:
-        """A slice as grey values, and the height of its pixels over their width."""
+        self, path: str | Path, frame: int | None
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """A slice as grey values (H, W, C); in a brain window, (H, W), if that is asked for; and
+        the height of its pixels over their width."""
         path = Path(path)
         if is_picture(path):
-            image, ratio = read_picture(path)[..., None], 1.0
-            brain = image[..., 0]
-        else:
-            windows = [*self.windows, WINDOW] if skull_mask else self.windows
-            image, spacing_mm = read_windowed(path, windows, frame, cache=self.cache)
-            image, brain = image[..., : len(self.windows)], image[..., -1]
-            ratio = pixel_ratio(spacing_mm)
-        if skull_mask and (skull := find_skull(brain)) is not None:
+            image = read_picture(path)
+            return image[..., None], image, 1.0
+        windows = [*self.windows, WINDOW] if self.skull_mask or self.density else self.windows
+        image, spacing_mm = read_windowed(path, windows, frame, cache=self.cache)
+        return image[..., : len(self.windows)], image[..., -1], pixel_ratio(spacing_mm)
+
+    def _read_channels(self, path: str | Path, frame: int | None) -> tuple[np.ndarray, float]:
+        """A slice as the network's channels, and the height of its pixels over their width."""
+        image, brain, ratio = self._read_slice(path, frame)
+        skull = find_skull(brain) if self.skull_mask or self.density else None
+        if self.density:
+            image = np.concatenate(
+                [image, density_picture(brain, skull)[..., None], image], axis=-1
+            )
+        if self.skull_mask and skull is not None:
             image = image * skull[..., None]
         return image, ratio
 
@@ -135,7 +152,7 @@ class IchDatasetMapper:
         slices = [image] * len(files)
         for i, (path, frame) in enumerate(files):
             if (str(path), frame) != (dataset_dict["file_name"], dataset_dict.get("frame")):
-                beside, _ = self._read_slice(path, frame, skull_mask=self.skull_mask)
+                beside, _ = self._read_channels(path, frame)
                 if beside.shape == image.shape:
                     slices[i] = beside
         return slices
@@ -157,9 +174,7 @@ class IchDatasetMapper:
             ValueError: naming the file, if it cannot be read.
         """
         dataset_dict = copy.deepcopy(dataset_dict)
-        image, ratio = self._read_slice(
-            dataset_dict["file_name"], dataset_dict.get("frame"), skull_mask=self.skull_mask
-        )
+        image, ratio = self._read_channels(dataset_dict["file_name"], dataset_dict.get("frame"))
         utils.check_image_size(dataset_dict, image)
         if self.context_slices:
             image = np.concatenate(self._read_context(dataset_dict, image), axis=-1)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ich_det2.data import IchDatasetMapper
-from ich_det2.data.head import find_head, find_skull
+from ich_det2.data.head import density_picture, find_head, find_skull
 
 
 @pytest.mark.parametrize("centre, axes", [((120, 110), (70, 90)), ((90, 128), (60, 60))])
@@ -119,3 +119,84 @@ def test_neighbours_are_blanked_by_their_own_skull(tmp_path, draw_skull):
     image = mapper({"file_name": files[1][0], "context_files": files})["image"].numpy()
     for channel, grey in zip(image, slices):
         np.testing.assert_array_equal(channel, grey * find_skull(grey))
+
+
+# ---- densities -----------------------------------------------------------------------------------
+
+
+def grey_of(hu):
+    """In the window 40/120."""
+    return np.rint((np.asarray(hu, dtype=float) + 20) / 120 * 255).clip(0, 255).astype(np.uint8)
+
+
+def draw_densities(brain=32, blood=62):
+    """A skull with a bleed within the brain and one along the bone, and a swelling outside."""
+    hu = np.full((256, 256), -1000.0)
+    cv2.ellipse(hu, (120, 110), (80, 92), 0, 0, 360, 50, -1)
+    cv2.ellipse(hu, (120, 110), (70, 80), 0, 0, 360, 1000, -1)
+    cv2.ellipse(hu, (120, 110), (60, 70), 0, 0, 360, brain, -1)
+    cv2.circle(hu, (110, 90), 12, blood, -1)
+    cv2.rectangle(hu, (60, 100), (66, 120), blood, -1)
+    hu[
+        (hu == blood)
+        & (cv2.ellipse(np.zeros_like(hu), (120, 110), (60, 70), 0, 0, 360, 1, -1) == 0)
+    ] = 1000
+    return hu
+
+
+def test_hand_worked_densities():
+    hu = draw_densities()
+    grey = grey_of(hu)
+    found = density_picture(grey, find_skull(grey)).astype(int)
+    # Brain is its own median: 10 of 50 HU above the lowest; blood is 30 HU denser.
+    assert abs(found[150, 120] - 51) <= 2 and abs(found[90, 110] - 204) <= 3
+    assert abs(found[110, 64] - 204) <= 6  # beside the bone
+    assert found[110, 55] == found[20, 120] == found[5, 5] == found[110, 195] == 0
+    # Bone does not shine into the brain: whatever is soft within the skull is brain or blood.
+    inside = cv2.ellipse(np.zeros_like(grey), (120, 110), (57, 67), 0, 0, 360, 1, -1) > 0
+    assert set(np.unique(found[inside & (hu == 32)]).tolist()) <= {*range(49, 205)}
+    far = cv2.erode(((hu == 32) & inside).astype(np.uint8), np.ones((9, 9), np.uint8)) > 0
+    assert np.abs(found[far] - 51).max() <= 2
+
+
+def test_densities_do_not_depend_on_the_calibration_of_the_scanner():
+    pictures = []
+    for shift in (-6, 0, 6):
+        grey = grey_of(draw_densities(32 + shift, 62 + shift))
+        pictures.append(density_picture(grey, find_skull(grey)).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 5
+    assert np.abs(pictures[2] - pictures[1]).max() <= 5
+
+
+def test_without_brain_there_is_no_density():
+    grey = grey_of(draw_densities())
+    for image in (grey * 0, np.full_like(grey, 255)):
+        assert not density_picture(image, None).any()
+    whole = density_picture(grey, None)  # where no skull was found
+    assert whole[150, 120] > 0 and whole[110, 195] > 0 and whole[5, 5] == 0
+
+
+@pytest.mark.parametrize("windows", [[(40, 120)], [(50, 100)]])
+def test_the_second_channel_shows_densities(tmp_path, write_ct, windows):
+    hu = draw_densities()
+    file = str(write_ct(tmp_path / "a.dcm", hu))
+    picture = str(tmp_path / "a.png")
+    Image.fromarray(grey_of(hu)).save(picture)
+    mapper = IchDatasetMapper(
+        False, augmentations=[], windows=windows, skull_mask=True, density=True
+    )
+    dicom, png = (mapper({"file_name": f})["image"].numpy() for f in (file, picture))
+    skull = find_skull(grey_of(hu))
+    np.testing.assert_array_equal(png[1], density_picture(grey_of(hu), skull))
+    np.testing.assert_allclose(dicom[1], png[1], atol=1)
+    for image in (dicom, png):
+        assert (image[0] == image[2]).all() and not image[:, skull == 0].any()
+    assert mapper.read_image(file).shape == mapper.read_image(picture).shape == (256, 256, 1)
+
+
+@pytest.mark.parametrize("options", [{"windows": [(40, 80)] * 3}, {"context_slices": 1}])
+def test_densities_take_a_channel_that_is_free(options):
+    with pytest.raises(ValueError, match="INPUT.DENSITY is True with .*there are three channels"):
+        IchDatasetMapper(
+            False, augmentations=[], density=True, **{"windows": [(40, 80)], **options}
+        )
