@@ -15,6 +15,7 @@ SMALL = (
     *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "1"),
     *("SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "0"),
     *("TEST.DIAGNOSIS.RESAMPLES", "20", "TEST.DIAGNOSIS.SMOOTHING", "[]"),
+    *("INPUT.SKULL_MASK", "False", "INPUT.DENSITY", "False"),  # alike for all members
 )
 
 
