@@ -28,6 +28,9 @@ with quiet_imports():
     from ich_det2.files import sha256, write_atomically, write_json
     from ich_det2.inference.diagnoser import load_run
 
+LARGE = 1 << 14
+"""Elements from which on a tensor is kept in half precision; norms need the whole one."""
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -53,7 +56,7 @@ def run(args) -> None:
         cfg.MODEL.WEIGHTS = Path(cfg.MODEL.WEIGHTS).name
     args.output.mkdir(parents=True, exist_ok=True)
     tensors = {
-        key: value.half() if value.is_floating_point() and value.dim() > 0 else value
+        key: value.half() if value.is_floating_point() and value.numel() >= LARGE else value
         for key, value in load_tensors(weights)["model"].items()
     }
     with write_atomically(target.final, "wb") as file:
