@@ -58,7 +58,7 @@ def find_head(grey: np.ndarray, ratio: float = 1.0) -> Head | None:
     Returns:
         None if there is no such part.
     """
-    _, stats = _find_parts(grey)
+    _, stats = _largest_part(grey)
     if not len(stats):
         return None
     x, y, width, height, area = map(int, stats[0])
@@ -78,7 +78,7 @@ def find_skull(grey: np.ndarray) -> np.ndarray | None:
         uint8 (H, W), 1 in the hull and 0 elsewhere. None if there is no head, or the hull holds
         less than half of it, as below the skull.
     """
-    head, stats = _find_parts(grey)
+    head, stats = _largest_part(grey)
     if not len(stats):
         return None
     bone = (grey >= BONE).astype(np.uint8) & cv2.dilate(head, np.ones((5, 5), np.uint8))
@@ -91,7 +91,7 @@ def find_skull(grey: np.ndarray) -> np.ndarray | None:
     return skull if 2 * np.count_nonzero(skull & head) >= np.count_nonzero(head) else None
 
 
-def _find_parts(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _largest_part(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The head, 1 in uint8 (H, W), and OpenCV's stats of it, (1, 5); (0, 5) if there is none."""
     side = 2 * max(1, round(THIN * min(grey.shape) / 2)) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))

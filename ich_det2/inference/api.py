@@ -92,7 +92,8 @@ def _detect(
     Raises:
         ValueError: naming a given file that cannot be decoded.
     """
-    results, failed = [], []
+    answers: list[Detections | None] = []
+    failed = []
     outputs = model(slices)
     # Those of low scores may be of a bleed that is clearer in the next slice.
     least = 0.0 if model.smoothing_iou else threshold / 2
@@ -100,70 +101,68 @@ def _detect(
         pairs = zip(slices, outputs, strict=True)
         for entry, found in progress(pairs, "detecting", len(slices)):
             if isinstance(found, Detections):
-                shown = found.at_least(least)
-                results.append(
-                    SliceDiagnosis(
-                        source=entry,
-                        score=found.score,
-                        verdict=verdict(found.score, threshold),
-                        boxes=shown.boxes,
-                        scores=shown.scores,
-                        classes=tuple(model.classes[i] for i in shown.classes),
-                    )
-                )
-            elif entry.given:
+                answers.append(found.at_least(least))
+                continue
+            answers.append(None)
+            if entry.given:
                 raise ValueError(f"{entry.path}: {found}")
-            else:
-                failed.append(
-                    Skipped(
-                        entry.file,
-                        str(found),
-                        lost=True,
-                        patients=(entry.patient,),
-                        path=entry.path,
-                        identity=entry.identity,
-                    )
+            failed.append(
+                Skipped(
+                    entry.file,
+                    str(found),
+                    lost=True,
+                    patients=(entry.patient,),
+                    path=entry.path,
+                    identity=entry.identity,
                 )
+            )
     if model.smoothing:
-        results = _smooth(results, slices, model, threshold)
+        answers = _smooth(answers, slices, model)
+    results = []
+    for entry, found in zip(slices, answers, strict=True):
+        if found is None:
+            continue
+        shown = found.at_least(threshold / 2)
+        results.append(
+            SliceDiagnosis(
+                source=entry,
+                score=found.score,
+                verdict=verdict(found.score, threshold),
+                boxes=shown.boxes,
+                scores=shown.scores,
+                classes=tuple(model.classes[i] for i in shown.classes),
+                raw_score=shown.raw_score,
+                raw_scores=shown.raw_scores,
+            )
+        )
     return results, failed
 
 
 def _smooth(
-    results: Sequence[SliceDiagnosis], slices: Sequence[Slice], model: Diagnoser, threshold: float
-) -> list[SliceDiagnosis]:
-    """Diagnoses by scores smoothed within each series; slices without one were not read."""
-    found = {(s.source.path, s.source.frame): s for s in results}
-    read = [found.get((entry.path, entry.frame)) for entry in slices]
-    scores = np.array([math.nan if s is None else s.score for s in read])
-    boxes = [np.zeros((0, 5)) if s is None else _as_rows(s) for s in read]
+    found: Sequence[Detections | None], slices: Sequence[Slice], model: Diagnoser
+) -> list[Detections | None]:
+    """What was found, scored along each series; None for slices that were not read."""
+    scores = np.array([math.nan if d is None else d.score for d in found])
     where = (
         [(entry.patient, entry.series) for entry in slices],
         [entry.position_mm for entry in slices],
         model.smoothing,
     )
+    smoothed = list(found)
     if model.smoothing_iou:
-        scores, boxes = smooth_boxes(scores, boxes, *where, model.smoothing_iou)
-    smoothed = []
-    for s, score, rows in zip(read, smooth_scores(scores, *where).tolist(), boxes):
-        if s is None:
-            continue
-        s = replace(s, score=score, verdict=verdict(score, threshold), raw_score=s.score)
-        if model.smoothing_iou:
-            order = np.argsort(-rows[:, 0], kind="stable")
-            order = order[rows[order, 0] >= min(threshold / 2, rows[:, 0].max(initial=0.0))]
-            s = replace(
-                s,
-                boxes=s.boxes[order],
-                scores=rows[order, 0],
-                classes=tuple(s.classes[i] for i in order),
-                raw_scores=s.scores[order],
-            )
-        smoothed.append(s)
-    return smoothed
+        rows = [np.zeros((0, 5)) if d is None else _as_rows(d) for d in found]
+        scores, rows = smooth_boxes(scores, rows, *where, model.smoothing_iou)
+        for i, (d, own) in enumerate(zip(found, rows)):
+            if d is not None:
+                order = np.argsort(-own[:, 0], kind="stable")
+                smoothed[i] = replace(d, scores=own[:, 0], raw_scores=d.scores).of(order)
+    return [
+        own and replace(own, image_score=score, raw_score=d.score)
+        for own, d, score in zip(smoothed, found, smooth_scores(scores, *where).tolist())
+    ]
 
 
-def _as_rows(s: SliceDiagnosis) -> np.ndarray:
+def _as_rows(found: Detections) -> np.ndarray:
     """Boxes as (D, 5): score, x, y, width, height."""
-    corners = s.boxes.astype(float).reshape(-1, 4)
-    return np.c_[s.scores, corners[:, :2], corners[:, 2:] - corners[:, :2]]
+    corners = found.boxes.astype(float).reshape(-1, 4)
+    return np.c_[found.scores, corners[:, :2], corners[:, 2:] - corners[:, :2]]

@@ -7,7 +7,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,9 @@ class Detections:
         classes: int (M,), indices into ``DATASETS.ICH_CLASSES``.
         size: (H, W) of the original image.
         image_score: of a model that scores the slice itself, with boxes (``DiagnosisRCNN``) or
-            without (``ImageClassifier``); None for other detectors.
+            without (``ImageClassifier``); None for other detectors. Smoothed, if it is.
+        raw_score: the slice's score before smoothing; None without.
+        raw_scores: float64 (M,), of the boxes before smoothing; None where they keep theirs.
     """
 
     boxes: np.ndarray
@@ -48,6 +50,8 @@ class Detections:
     classes: np.ndarray
     size: tuple[int, int]
     image_score: float | None = None
+    raw_score: float | None = None
+    raw_scores: np.ndarray | None = None
 
     @property
     def score(self) -> float:
@@ -60,8 +64,17 @@ class Detections:
         """The boxes of this score and more, and in any case the highest."""
         if not len(self.scores):
             return self
-        keep = self.scores >= min(score, self.scores.max())
-        return Detections(self.boxes[keep], self.scores[keep], self.classes[keep], self.size)
+        return self.of(self.scores >= min(score, self.scores.max()))
+
+    def of(self, which: np.ndarray) -> "Detections":
+        """Some of the boxes: a mask or indices."""
+        return replace(
+            self,
+            boxes=self.boxes[which],
+            scores=self.scores[which],
+            classes=self.classes[which],
+            raw_scores=None if self.raw_scores is None else self.raw_scores[which],
+        )
 
 
 def load_run(folder: str | os.PathLike, *, device: str = "") -> tuple[CfgNode, Path]:
@@ -171,7 +184,7 @@ class Diagnoser:
         _check_weights(model, weights)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
-        smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU if smoothing else 0.0
+        smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
         return cls(
             model,
             IchDatasetMapper(cfg, is_train=False),
@@ -190,7 +203,7 @@ class Diagnoser:
                 "operating_point": point and {"rule": point.rule, "dataset": point.dataset},
                 "patient_rule": patient_rule,
                 **({"smoothing": smoothing} if smoothing else {}),
-                **({"smoothing_iou": smoothing_iou} if smoothing_iou else {}),
+                **({"smoothing_iou": smoothing_iou} if smoothing and smoothing_iou else {}),
             },
         )
 
