@@ -124,7 +124,7 @@ def lesion_summary(predictions: Predictions, threshold: float) -> dict[str, floa
 
     Needs boxes and true boxes.
     """
-    predicted, true = predictions.boxes, predictions.true_boxes
+    predicted, true = predictions.boxed.boxes, predictions.boxed.true_boxes
     scores = dict(predictions.lesion_scores)
     return {
         "n_lesions": sum(map(len, true)),
@@ -244,10 +244,11 @@ def _types(predictions: Predictions, levels: dict[str, Cases], settings: Setting
 def _lesions(predictions: Predictions, settings: Settings) -> dict | None:
     if predictions.boxes is None or predictions.true_boxes is None:
         return None
-    _, patients = group_index(predictions.patients)
     result = {**lesion_summary(predictions, settings.operating_threshold), "froc": {}}
+    found = predictions.boxed
+    _, patients = group_index(found.patients)
     for hit, words in HITS.items():
-        matches = match_detections(predictions.boxes, predictions.true_boxes, hit=hit)
+        matches = match_detections(found.boxes, found.true_boxes, hit=hit)
         for level, scans in (("image", None), ("patient", patients)):
             curve = froc_curve(matches, scans)
 
@@ -257,7 +258,7 @@ def _lesions(predictions: Predictions, settings: Settings) -> dict | None:
 
             bounds = bootstrap_by_group(
                 statistic,
-                predictions.patients,
+                found.patients,
                 n_resamples=settings.n_resamples,
                 seed=settings.seed,
             ).tolist()

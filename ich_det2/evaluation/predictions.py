@@ -70,17 +70,32 @@ class Predictions:
             raise ValueError(f"the score of image '{image}' is NaN, expected a number.")
 
     @cached_property
+    def judged(self) -> list[int]:
+        """Indices of the images on which boxes are judged; needs true boxes.
+
+        Left out are bleeding images without a true box, where no predicted box is a false alarm.
+        """
+        pairs = zip(self.labels, self.true_boxes)
+        return [i for i, (label, boxes) in enumerate(pairs) if len(boxes) or not label]
+
+    @cached_property
+    def boxed(self) -> "Predictions":
+        """Those of :attr:`judged`; all if there is none, as then nothing of boxes is defined."""
+        return self.take([self.image_ids[i] for i in self.judged]) if self.judged else self
+
+    @cached_property
     def lesion_scores(self) -> dict[str, float]:
         """AP and CPM of the boxes, which no threshold changes; needs boxes and true boxes."""
-        precision = coco_precision(self.boxes, self.true_boxes)
-        _, scans = group_index(self.patients)
+        found = self.boxed
+        precision = coco_precision(found.boxes, found.true_boxes)
+        _, scans = group_index(found.patients)
         scores = {
             "coco_ap": float(precision.mean()),
             "coco_ap50": float(precision[0].mean()),
-            "voc_ap50": voc_average_precision(self.boxes, self.true_boxes),
+            "voc_ap50": voc_average_precision(found.boxes, found.true_boxes),
         }
         for hit in HITS:
-            matches = match_detections(self.boxes, self.true_boxes, hit=hit)
+            matches = match_detections(found.boxes, found.true_boxes, hit=hit)
             scores[f"cpm_{hit}"] = froc_curve(matches).cpm
             scores[f"patient_cpm_{hit}"] = froc_curve(matches, scans).cpm
         return scores

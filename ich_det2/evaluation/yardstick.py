@@ -127,15 +127,10 @@ class Yardstick:
     # ---- boxes ---------------------------------------------------------------------------------
 
     @cached_property
-    def _judged(self) -> list[int]:
-        pairs = zip(self.found.labels, self.found.true_boxes)
-        return [i for i, (label, boxes) in enumerate(pairs) if len(boxes) or not label]
-
-    @cached_property
     def _ious(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Falling scores (D_i,) and IoUs (D_i, G_i) of each judged image."""
         pairs = []
-        for i in self._judged:
+        for i in self.found.judged:
             boxes, targets = self.found.boxes[i], self.found.true_boxes[i]
             boxes = boxes[np.argsort(-boxes[:, 0], kind="stable")]
             iou = np.zeros((len(boxes), len(targets)))
@@ -153,12 +148,12 @@ class Yardstick:
     def _of_true(self) -> np.ndarray:
         """Patient of each true box, (G,)."""
         number = [iou.shape[1] for _, iou in self._ious]
-        return np.repeat(self._patient[self._judged], number)
+        return np.repeat(self._patient[self.found.judged], number)
 
     @cached_property
     def _top_boxes(self) -> tuple[np.ndarray, np.ndarray]:
         """Slices with true boxes, and those whose top box meets one, of each patient, (P,)."""
-        pairs = [(self._patient[i], iou) for i, (_, iou) in zip(self._judged, self._ious)]
+        pairs = [(self._patient[i], iou) for i, (_, iou) in zip(self.found.judged, self._ious)]
         slices = [patient for patient, iou in pairs if iou.shape[1]]
         right = [p for p, iou in pairs if iou.shape[1] and iou[:1].max(initial=0.0) >= _TOP_IOU]
         return self._counts(slices), self._counts(right)
@@ -187,7 +182,7 @@ class Yardstick:
         kept = [(scores[:_BOXES_AN_IMAGE], iou[:_BOXES_AN_IMAGE]) for scores, iou in self._ious]
         scores = np.concatenate([s for s, _ in kept] or [[]])
         order = np.argsort(-scores, kind="stable")
-        patient = np.repeat(self._patient[self._judged], [len(s) for s, _ in kept])[order]
+        patient = np.repeat(self._patient[self.found.judged], [len(s) for s, _ in kept])[order]
         curves = {}
         for threshold in BOX_IOUS:
             hit = np.concatenate([match_boxes(u, threshold) for _, u in kept] or [[]])
