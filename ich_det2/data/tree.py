@@ -165,14 +165,18 @@ class VocTree:
 
     @cached_property
     def findings(self) -> dict[str, frozenset[str]]:
-        """As :attr:`types`, and "hemorrhage" of a slice without boxes that ``labels.csv`` says
-        bleeds: empty for a healthy slice alone.
+        """As :attr:`types`, but ``labels.csv`` has the last word on whether a slice bleeds.
+
+        A bleeding slice without boxes shows "hemorrhage", a healthy one nothing.
 
         Raises:
             FileNotFoundError, ValueError: as :meth:`annotation` and :attr:`labels`.
         """
         unboxed = frozenset({"hemorrhage"})
-        return {i: t or (unboxed if self.labels.get(i) else t) for i, t in self.types.items()}
+        return {
+            image: (types or unboxed) if self.labels.get(image, bool(types)) else frozenset()
+            for image, types in self.types.items()
+        }
 
     # ---- lists ---------------------------------------------------------------------------------
 
