@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -170,16 +171,27 @@ def _workers(number: int) -> Iterator[Callable]:
         yield map
         return
     pool = ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn"))
+    stopped: list[int] = []
 
     def run_all(*args):
         # Ctrl-C on a terminal reaches all processes, but only this one is to stop them: those
         # that start while the signal is blocked never see it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            return pool.map(*args)
+            found = pool.map(*args)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for result in found:
+            if stopped:
+                raise KeyboardInterrupt
+            yield result
 
+    # An exception out of a signal's handler may leave one of the pool's locks taken, for which
+    # its threads then wait forever; so it is raised between two results.
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if here:
+        signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     try:
         yield run_all
     except BrokenProcessPool:
@@ -189,3 +201,7 @@ def _workers(number: int) -> Iterator[Callable]:
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+        if here:
+            signal.signal(signal.SIGINT, before)
+    if stopped:
+        raise KeyboardInterrupt
