@@ -53,6 +53,8 @@ def train(args, cfg, stopped=None) -> dict:
         stopped: takes the number of the signal that ended the training.
     """
     silence_libraries()
+    if stopped is not None:  # Ctrl-C ends a launched process without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Spawned processes start with empty registries of data.
     register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **dataset_settings(cfg))
     if args.eval_only:
@@ -131,13 +133,19 @@ def run(args) -> int:
             train(args, cfg)
         else:
             launch_all(args, cfg)
-    except Interrupted as stop:
-        print(
-            f"train_net.py: stopped by {signal.Signals(stop.number).name}; {cfg.OUTPUT_DIR} holds a"
-            " checkpoint, and the same command with --resume goes on from it.",
-            file=sys.stderr,
-        )
-        return 128 + stop.number
+    except KeyboardInterrupt as stop:  # Interrupted, or Ctrl-C outside of the training itself
+        number = getattr(stop, "number", signal.SIGINT)
+        if args.eval_only:
+            left = "the evaluation is not complete."
+        elif (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists():
+            left = (
+                f"{cfg.OUTPUT_DIR} holds a checkpoint, and the same command with --resume goes on"
+                " from it."
+            )
+        else:
+            left = "nothing was trained yet."
+        print(f"train_net.py: stopped by {signal.Signals(number).name}; {left}", file=sys.stderr)
+        return 128 + number
     return 0
 
 
@@ -168,19 +176,13 @@ def launch_all(args, cfg) -> None:
         except ProcessExitedException:  # by a signal before there was anything to save
             if not received:
                 raise
-    if stopped.value:
-        raise Interrupted(stopped.value)
-    if received:
-        raise KeyboardInterrupt
+    if stopped.value or received:
+        raise Interrupted(stopped.value or received[0])
 
 
 def main(argv=None) -> int:
     args = default_argument_parser(epilog=__doc__).parse_args(argv)
-    return guard(
-        "train_net.py",
-        lambda: run(args),
-        interrupted="what was trained is in OUTPUT_DIR; the same command with --resume goes on.",
-    )
+    return guard("train_net.py", lambda: run(args))
 
 
 if __name__ == "__main__":

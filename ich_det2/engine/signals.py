@@ -22,16 +22,18 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ends a training that can be resumed; ``number`` is the signal's."""
+    """Ends a training by a signal, which is ``number``."""
 
     def __init__(self, number: int):
-        super().__init__(f"{signal.Signals(number).name}: a checkpoint was saved.")
+        super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
 
 
 class StopOnSignal(HookBase):
     """Saves a checkpoint behind the iteration in which SIGINT or SIGTERM came, and raises
     :class:`Interrupted`; a second one, after a second, ends the process at once.
+
+    Signals are taken while :meth:`listening`, in which the whole training has to lie.
 
     Has to be the last hook, so that whatever the others do in an iteration is in the checkpoint.
     """
@@ -43,10 +45,14 @@ class StopOnSignal(HookBase):
         """
         self._checkpointer = checkpointer
         self._received = 0
-        self._handlers = contextlib.ExitStack()
 
-    def before_train(self):
-        self._handlers.enter_context(on_signals(self._note))
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes signals, from when every rank does: one that only some took would end the others'
+        processes, and with them the training, with nothing saved."""
+        with on_signals(self._note):
+            comm.synchronize()
+            yield
 
     def _note(self, number: int) -> None:
         self._received = number
@@ -66,9 +72,7 @@ class StopOnSignal(HookBase):
 
     def after_train(self):
         ended = self.trainer.iter >= self.trainer.max_iter
-        number = self._gathered() if ended else 0
-        self._handlers.close()
-        if number:
+        if ended and (number := self._gathered()):
             raise Interrupted(number)
 
     def _gathered(self) -> int:

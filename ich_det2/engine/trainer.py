@@ -114,8 +114,11 @@ class IchTrainer(DefaultTrainer):
                 self.start_iter,
             )
             return None
+        stop_on_signal = StopOnSignal(self.checkpointer)
+        self.register_hooks([stop_on_signal])  # the last, behind whatever the caller registered
         try:
-            return super().train()
+            with stop_on_signal.listening():
+                return super().train()
         except EarlyStop as stop:
             logger.info(str(stop))
 
@@ -207,12 +210,11 @@ class IchTrainer(DefaultTrainer):
             own.append(best)
         if cfg.TEST.DIAGNOSIS.PATIENCE > 0:
             own.append(EarlyStopping(period, cfg.TEST.DIAGNOSIS.PATIENCE, best))
-        replaced = [
+        return [
             replacement
             for hook in super().build_hooks()
             for replacement in (own if isinstance(hook, hooks.EvalHook) else [hook])
         ]
-        return [*replaced, StopOnSignal(self.checkpointer)]
 
     def test_best(self) -> dict:
         """Evaluates the best model by validation on ``DATASETS.TEST``, once.

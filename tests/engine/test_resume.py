@@ -391,3 +391,23 @@ def test_sigterm_to_their_parent_stops_two_processes_behind_the_same_iteration(c
     assert "stopped by SIGTERM" in error.strip().splitlines()[-1] and "Traceback" not in error
     saved = torch.load(out / (out / "last_checkpoint").read_text(), weights_only=True)
     assert saved["iteration"] < 299 and saved["trainer"]["images"] == 2 * (saved["iteration"] + 1)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_training_is_set_up_is_told_from_one_in_it(
+    cfg, tmp_path, processes, number
+):
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD = 300, 1000, 1000
+    out = tmp_path / "stopped"
+    argv = ("--num-gpus", processes, "--dist-url", "auto")
+    process = start_until(cfg, out, (out / "log.txt").is_file, *argv)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    if processes == "1" and process.returncode == -number:
+        return  # as the shell expects of a process that has nothing to save
+    assert process.returncode == 128 + number, error
+    left = "holds a checkpoint" if (out / "last_checkpoint").exists() else "nothing was trained yet"
+    last = error.strip().splitlines()[-1]
+    assert f"stopped by {signal.Signals(number).name}" in last and left in last
+    assert "Traceback" not in error
