@@ -33,7 +33,9 @@ def parse_args(argv=None):
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--flip", action="store_true", help="each sees the mirrored slice too")
     parser.add_argument(
-        "--iou", type=float, default=0.5, help="from which on boxes are fused (default 0.5)"
+        "--iou",
+        type=float,
+        help="from which on boxes are fused (default: the first run's NMS_THRESH_TEST)",
     )
     parser.add_argument(
         "--threshold", type=float, help="operating threshold (default: that of the first run)"

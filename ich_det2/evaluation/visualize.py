@@ -163,7 +163,7 @@ def _add_strip(canvas: Image.Image, score: float, threshold: float, caption: str
     font, small = _font(size), _font(round(size * 0.8))
     positive = score >= threshold
     verdict = "POSITIVE" if positive else "NEGATIVE"
-    numbers = f"score {_probability(score, threshold)}   threshold {threshold:g}"
+    numbers = f"score {_probability(score, threshold)}   threshold {_threshold(threshold)}"
     notice = "research use only"
     pad = round(size * 0.7)
     first = font.getlength(f"{verdict}   {numbers}")
@@ -186,9 +186,15 @@ def _probability(score: float, threshold: float) -> str:
     """Two decimals, or as many as tell a score from the threshold that it is below."""
     for digits in (2, 3, 4):
         text = f"{score:.{digits}f}"
-        if (float(text) >= threshold) == (score >= threshold):
+        # As a reader compares it: with the threshold that is shown.
+        if (float(text) >= float(_threshold(threshold))) == (score >= threshold):
             return text
     return f"{score:.7f}"
+
+
+def _threshold(threshold: float) -> str:
+    """Three significant digits, of which trailing zeros are left out."""
+    return f"{threshold:.3g}"
 
 
 @cache

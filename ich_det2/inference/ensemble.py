@@ -25,7 +25,7 @@ def combine_runs(
     output: str | os.PathLike,
     *,
     flip: bool = False,
-    iou_threshold: float = 0.5,
+    iou_threshold: float | None = None,
     threshold: float | None = None,
 ) -> Path:
     """Writes an ``EnsembleRCNN`` of the runs' best models (else their last) as a run of its own.
@@ -34,7 +34,8 @@ def combine_runs(
         runs: OUTPUT_DIRs of trainings.
         output: a folder that holds no training.
         flip: each member also sees the slice mirrored.
-        iou_threshold: from which on boxes are fused.
+        iou_threshold: from which on boxes are fused; that of the first run's NMS if None, since
+            a member leaves no two boxes nearer than that.
         threshold: operating threshold; that of the first run's config if None.
 
     Returns:
@@ -66,6 +67,9 @@ def combine_runs(
         [x for k in names if k == _META or own[k] != first[k] for x in (k, own[k])]
         for own in settings
     ]
+    if iou_threshold is None:
+        head = "RETINANET" if first[_META] == "RetinaNet" else "ROI_HEADS"
+        iou_threshold = cfg.MODEL[head].NMS_THRESH_TEST
     cfg.MODEL.ENSEMBLE.FLIP, cfg.MODEL.ENSEMBLE.IOU_THRESHOLD = flip, iou_threshold
     cfg.MODEL.META_ARCHITECTURE = "EnsembleRCNN"
     cfg.OUTPUT_DIR = str(output)

@@ -2,8 +2,16 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ich_det2.evaluation.visualize import CANDIDATE, POSITIVE, draw_overlay
+from ich_det2.evaluation.visualize import (
+    CANDIDATE,
+    POSITIVE,
+    _probability,
+    _threshold,
+    draw_overlay,
+)
 
 
 def draw(boxes=(), scores=(), *, size=(650, 650), threshold=0.5, grey=90, channels=1):
@@ -93,3 +101,23 @@ def test_rounding_does_not_contradict_the_verdict():
     assert _probability(0.4999, 0.5) == "0.4999"
     assert _probability(0.4999999, 0.5) == "0.4999999"
     assert _probability(0.5, 0.5) == "0.50"
+
+
+@pytest.mark.parametrize(
+    ("score", "threshold", "texts"),
+    [
+        (0.8, 0.295879, ("0.80", "0.296")),
+        (0.2957, 0.295879, ("0.2957", "0.296")),
+        (0.498, 0.5, ("0.498", "0.5")),
+        (0.001, 0.000321, ("0.001", "0.000321")),
+    ],
+)
+def test_score_and_threshold_in_as_many_digits_as_tell_them_apart(score, threshold, texts):
+    assert (_probability(score, threshold), _threshold(threshold)) == texts
+
+
+@given(st.floats(0, 1), st.floats(0.001, 1))
+def test_the_texts_of_score_and_threshold_agree_with_the_verdict(score, threshold):
+    shown = _probability(score, threshold)
+    if abs(score - threshold) > 1e-3:
+        assert (float(shown) >= float(_threshold(threshold))) == (score >= threshold)

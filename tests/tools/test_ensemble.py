@@ -82,6 +82,14 @@ def test_it_is_evaluated_and_diagnosed_as_one(runs, tree, tmp_path):
     assert {Path(k).stem: v for k, v in diagnosed.items()} == pytest.approx(found, abs=1e-5)
 
 
+def test_boxes_are_fused_from_where_the_members_nms_leaves_none(runs, tmp_path):
+    out = tmp_path / "both"
+    assert ensemble.main([*map(str, runs), "--output", str(out)]) == 0
+    record = yaml.safe_load((out / "config.yaml").read_text())
+    wanted = record["MODEL"]["ROI_HEADS"]["NMS_THRESH_TEST"]
+    assert record["MODEL"]["ENSEMBLE"]["IOU_THRESHOLD"] == wanted != 0.5
+
+
 @pytest.mark.parametrize(
     ("opts", "message"),
     [
