@@ -48,7 +48,16 @@ def silence_libraries() -> None:
     """Keeps what libraries tell their own developers off a user's terminal."""
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
-    for module in ("torch", "detectron2", "fvcore", "timm", "matplotlib", "pydicom", "nibabel"):
+    for module in (
+        "torch",
+        "detectron2",
+        "fvcore",
+        "timm",
+        "matplotlib",
+        "pydicom",
+        "nibabel",
+        "highdicom",
+    ):
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
     torch = ("torch.fx", "torch.utils.cpp_extension")
     for logger in (*torch, "matplotlib", "nibabel", "pydicom"):

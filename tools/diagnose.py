@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ich_det2.cli import guard
+from ich_det2.dicom_out import KINDS, SR_CLASSES
 
 MAX_NOTES = 20
 """Lines of notes on the terminal; all are in the files."""
@@ -85,9 +86,36 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="also slices whose Body Part Examined names another part than the head",
     )
+    parser.add_argument(
+        "--dicom",
+        nargs="+",
+        choices=KINDS,
+        metavar="KIND",
+        help="also DICOM objects for a PACS, with the identity of their source, in a folder of "
+        f"their own; of {', '.join(KINDS)}: structured report, presentation state, Secondary "
+        "Capture, Key Object Selection",
+    )
+    parser.add_argument(
+        "--dicom-output",
+        type=Path,
+        metavar="DIR",
+        help="new folder for them (default: --output with '_dicom' behind its name)",
+    )
+    parser.add_argument(
+        "--sr-class",
+        choices=SR_CLASSES,
+        default="3d",
+        help="Comprehensive 3D SR, or Comprehensive SR for older viewers (default 3d)",
+    )
     parser.add_argument("--all-overlays", action="store_true", help="of negative slices too")
     parser.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.dicom_output and not args.dicom:
+        parser.error("--dicom-output names a folder for what --dicom asks for; give both.")
+    if args.dicom:
+        args.dicom = list(dict.fromkeys(args.dicom))
+        args.dicom_output = args.dicom_output or args.output.with_name(f"{args.output.name}_dicom")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
@@ -97,12 +125,17 @@ def run(args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: one sentence with the remedy.
     """
     # PyTorch and Detectron2 take seconds to import, which --help need not wait for.
+    from ich_det2.dicom_out import check_dicom_output, write_dicom
     from ich_det2.inference.api import diagnose
     from ich_det2.inference.diagnoser import Diagnoser
     from ich_det2.inference.outputs import check_outputs
 
     status = Console(stderr=True)
     check_outputs(args.output, args.inputs, key=args.key, force=args.force)
+    dicom = {"kinds": args.dicom, "sr_class": args.sr_class, "force": args.force}
+    if args.dicom:
+        inputs = [*args.inputs, args.output]
+        check_dicom_output(args.dicom_output, inputs, **dicom)
     model = Diagnoser.load(args.model, device=args.device, batch_size=args.batch_size)
     status.print(
         f"Model: {args.model} ({model.facts['weights']})",
@@ -119,6 +152,8 @@ def run(args: argparse.Namespace) -> None:
             any_body_part=args.any_body_part,
             progress=progress,
         )
+        if args.dicom:
+            write_dicom(diagnosis, args.dicom_output, **dicom)
         diagnosis.write(
             args.output,
             overlays="all" if args.all_overlays else "positive",
@@ -127,6 +162,8 @@ def run(args: argparse.Namespace) -> None:
             progress=progress,
         )
     report(diagnosis, args.output, Console())
+    if args.dicom:
+        print(f"DICOM objects, with the identity of their source: {args.dicom_output}")
 
 
 @contextlib.contextmanager

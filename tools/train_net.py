@@ -137,7 +137,7 @@ def run(args) -> int:
         number = getattr(stop, "number", signal.SIGINT)
         if args.eval_only:
             left = "the evaluation is not complete."
-        elif (Path(cfg.OUTPUT_DIR) / "last_checkpoint").exists():
+        elif RunFolder(cfg.OUTPUT_DIR).checkpoint() is not None:
             left = (
                 f"{cfg.OUTPUT_DIR} holds a checkpoint, and the same command with --resume goes on"
                 " from it."

@@ -164,7 +164,7 @@ def _add_strip(canvas: Image.Image, score: float, threshold: float, caption: str
     positive = score >= threshold
     verdict = "POSITIVE" if positive else "NEGATIVE"
     numbers = f"score {_probability(score, threshold)}   threshold {_threshold(threshold)}"
-    notice = "research use only"
+    notice = "research only, not for clinical use"
     pad = round(size * 0.7)
     first = font.getlength(f"{verdict}   {numbers}")
     second = small.getlength(f"{caption}   {notice}")

@@ -3,19 +3,16 @@
 A new output format is one more function over a ``Diagnosis``, see ``WRITERS``.
 """
 
-import contextlib
 import csv
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from ..evaluation.predictions import RAW_SCORE
-from ..evaluation.visualize import draw_overlay
-from ..files import write_atomically, write_csv
+from ..files import replace_folder, write_atomically, write_csv
 from .results import (
     KEY_FIELDS,
     NOTE_FIELDS,
@@ -44,7 +41,7 @@ def write_outputs(
     if overlays not in OVERLAYS:
         raise ValueError(f"overlays is {overlays!r}, expected one of {', '.join(OVERLAYS)}.")
     check_outputs(folder, diagnosis.inputs, key=key, force=force)
-    with _new_folder(Path(folder)) as temporary:
+    with replace_folder(folder) as temporary:
         _draw_overlays(diagnosis, temporary, overlays, progress)
         for write in WRITERS:
             write(diagnosis, temporary)
@@ -120,24 +117,6 @@ def _check_key(key: Path, output: Path, force: bool) -> None:
         )
 
 
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the place of ``path`` when the block ends well."""
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    earlier = path.with_name(f".{path.name}.{os.getpid()}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            path.rename(earlier)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)
-
-
 def _draw_overlays(diagnosis: Diagnosis, folder: Path, which: str, progress: Progress) -> None:
     """Draws slices with their boxes, see :meth:`Diagnosis.write`."""
     highest: dict[str, SliceDiagnosis] = {}
@@ -152,15 +131,7 @@ def _draw_overlays(diagnosis: Diagnosis, folder: Path, which: str, progress: Pro
     chosen = [s for s in diagnosis.slices if wanted(s)]
     for s in progress(chosen, "drawing", len(chosen)):
         # Read again: keeping all slices would take a series' size in memory.
-        overlay = draw_overlay(
-            diagnosis.read_image(s.source.path, s.source.frame),
-            s.boxes,
-            s.scores,
-            s.classes,
-            threshold=diagnosis.threshold,
-            score=s.score,
-            caption=f"{s.patient}   {s.series}   slice {s.index}",
-        )
+        overlay = diagnosis.draw(s)
         path = folder / s.overlay
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(overlay).save(path, compress_level=4)

@@ -12,6 +12,7 @@ import numpy as np
 from ..evaluation.diagnosis import diagnose as is_positive
 from ..evaluation.diagnosis import patient_scores
 from ..evaluation.predictions import RAW_SCORE
+from ..evaluation.visualize import draw_overlay
 from ..version import __version__
 from .slices import Noticed, Skipped, Slice
 
@@ -182,6 +183,21 @@ class Diagnosis:
                 }
             )
         return rows
+
+    def draw(self, of: SliceDiagnosis, caption: str | None = None) -> np.ndarray:
+        """A picture of a slice, uint8 (rows, columns, 3): its boxes, and below it score, verdict,
+        caption and what it may be used for. The file is read again."""
+        if caption is None:
+            caption = f"{of.patient}   {of.series}   slice {of.index}"
+        return draw_overlay(
+            self.read_image(of.source.path, of.source.frame),
+            of.boxes,
+            of.scores,
+            of.classes,
+            threshold=self.threshold,
+            score=of.score,
+            caption=caption,
+        )
 
     def to_dict(self) -> dict:
         """The content of ``diagnosis.json``, without identities unless asked for."""

@@ -17,7 +17,7 @@ from pydicom.uid import JPEG2000Lossless
 
 from ich_det2.data.datasets import register_ich_datasets
 from ich_det2.engine import IchTrainer
-from ich_det2.inference import outputs
+from ich_det2.inference import results
 
 REPO = Path(__file__).parents[2]
 
@@ -367,7 +367,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, run_dir, exam, monkeypatch,
         raise error
 
     folder = exam()
-    monkeypatch.setattr(outputs, "draw_overlay", fail)
+    monkeypatch.setattr(results, "draw_overlay", fail)
     assert run(run_dir, folder, "--output", tmp_path / "out") == code
     assert sorted(p.name for p in tmp_path.iterdir()) == ["exam", "run"]
 
@@ -407,3 +407,38 @@ def test_model_dir(tmp_path, run_dir, exam, capsys):
     assert "NaN" in error()
     (run_dir / "model_final.pth").unlink()
     assert "neither" in error()
+
+
+def test_dicom_objects_are_written_beside_if_asked_for(tmp_path, run_dir, exam, capsys):
+    folder, out = exam(), tmp_path / "out"
+    argv = [str(run_dir), str(folder), "--output", str(out)]
+    assert diagnose.main(argv) == 0 and not (tmp_path / "out_dicom").exists()
+    assert diagnose.main([*argv, "--force", "--dicom", "sr", "kos", "sr"]) == 0
+    assert "with the identity of their source" in capsys.readouterr().out
+    files = sorted(p.name for p in (tmp_path / "out_dicom").rglob("*.dcm"))
+    assert files == ["kos-001.dcm", "sr-001.dcm"]
+    report = dcmread(next((tmp_path / "out_dicom").rglob("sr-001.dcm")))
+    assert report.PatientID == "PID4711"
+    assert not any(secret.encode() in p.read_bytes() for secret in SECRETS for p in out.glob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["--dicom", "sr", "--dicom-output", "{out}/dicom"], "lie in one another"),
+        (["--dicom", "sr", "--dicom-output", "{exam}/dicom"], "lie in one another"),
+        (["--dicom", "sr", "--dicom-output", "{run}"], "holds something already"),
+    ],
+)
+def test_dicom_objects_have_a_folder_of_their_own(tmp_path, run_dir, exam, capsys, opts, message):
+    folder, out = exam(), tmp_path / "out"
+    opts = [opt.format(out=out, exam=folder, run=run_dir) for opt in opts]
+    assert diagnose.main([str(run_dir), str(folder), "--output", str(out), *opts]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_dicom_output_without_dicom_is_refused(tmp_path, run_dir, exam, capsys):
+    with pytest.raises(SystemExit) as stop:
+        argv = [str(run_dir), str(exam()), "--output", str(tmp_path / "out")]
+        diagnose.main([*argv, "--dicom-output", str(tmp_path / "d")])
+    assert stop.value.code == 2 and "give both" in capsys.readouterr().err

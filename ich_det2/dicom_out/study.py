@@ -1,0 +1,200 @@
+"""What a diagnosis says of one study, and the headers of its images.
+
+Everything that is written for a PACS is about a study; a diagnosis is about patients, who may have
+several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pydicom
+from pydicom.valuerep import DA, TM
+
+from ..evaluation.diagnosis import patient_scores
+from ..version import __version__
+
+if TYPE_CHECKING:
+    from ..inference.results import Diagnosis, PatientDiagnosis, SliceDiagnosis
+
+NOTICE = "Research only, not for clinical use"
+"""Stands in the pixels, the texts and the series descriptions of all that is written."""
+
+# Type 2 of the patient and the study: they have to be there, and may be empty.
+_TYPE_2 = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"),
+    *("StudyDate", "StudyTime", "ReferringPhysicianName"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A box at or above the threshold.
+
+    Attributes:
+        source: the slice it is on.
+        box: float32 (4,): x0, y0, x1, y1 in pixels of the image, edges, 0-based. DICOM's graphics
+            have the same origin, the upper left corner of the first pixel.
+        score: 0 to 1.
+        name: of its class.
+    """
+
+    source: SliceDiagnosis
+    box: np.ndarray = field(repr=False)
+    score: float
+    name: str
+
+    @property
+    def corners(self) -> np.ndarray:
+        """A closed polyline, float32 (5, 2): column and row of its points."""
+        x0, y0, x1, y1 = self.box
+        return np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)], np.float32)
+
+
+@dataclass(frozen=True)
+class StudyDiagnosis:
+    """What was found in a study.
+
+    Attributes:
+        diagnosis: that it is a part of.
+        patient: whose study it is.
+        study_uid: Study Instance UID.
+        slices: by series and index.
+    """
+
+    diagnosis: Diagnosis = field(repr=False)
+    patient: PatientDiagnosis
+    study_uid: str
+    slices: tuple[SliceDiagnosis, ...] = field(repr=False)
+
+    @cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """The boxes at or above the threshold, strongest first."""
+        found = [
+            Finding(s, box, float(score), name)
+            for s in self.slices
+            for box, score, name in zip(s.boxes, s.scores, s.classes, strict=True)
+            if score >= self.diagnosis.threshold
+        ]
+        return tuple(sorted(found, key=lambda f: -f.score))
+
+    @cached_property
+    def worst(self) -> SliceDiagnosis:
+        """The slice of the highest score."""
+        return max(self.slices, key=lambda s: s.score)
+
+    @cached_property
+    def shown(self) -> tuple[SliceDiagnosis, ...]:
+        """The slices that a reader should look at: the positive ones and the worst."""
+        return tuple(s for s in self.slices if s.verdict == "positive" or s is self.worst)
+
+    @cached_property
+    def score(self) -> float:
+        """By the model's patient rule, over the study's slices; -inf where they are too few."""
+        scores = [s.score for s in self.slices]
+        rule = self.diagnosis.model.get("patient_rule", "any")
+        return float(patient_scores([0] * len(scores), scores, 1, rule)[0])
+
+    @property
+    def n_lost(self) -> int:
+        """Slices of the patient that were not read, or seem to be missing."""
+        return self.patient.n_slices_failed + self.patient.n_slices_missing
+
+    @property
+    def verdict(self) -> str:
+        """ "present", "absent", or "undetermined": where no slice is positive a bleed may hide in
+        one that was not read."""
+        if self.score >= self.diagnosis.threshold:
+            return "present"
+        return "absent" if self.n_lost == 0 and np.isfinite(self.score) else "undetermined"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for a person, without identities."""
+        verdict = {
+            "present": "Intracranial hemorrhage: suspected",
+            "absent": "Intracranial hemorrhage: not found",
+            "undetermined": "Intracranial hemorrhage: not found, but the study is INCOMPLETE",
+        }[self.verdict]
+        lost = f", {self.n_lost} not read or missing" if self.n_lost else ""
+        score = f"score {self.score:.3f}, " if np.isfinite(self.score) else ""
+        return (
+            f"{verdict} ({score}threshold {self.diagnosis.threshold:.3g}; {len(self.slices)} slices"
+            f" read{lost}). {NOTICE}: a negative verdict does not exclude a hemorrhage."
+        )
+
+    @cached_property
+    def _headers(self) -> dict[Path, pydicom.Dataset]:
+        return {
+            path: read_header(path) for path in dict.fromkeys(s.source.path for s in self.slices)
+        }
+
+    def header(self, of: SliceDiagnosis) -> pydicom.Dataset:
+        """The header of a slice's image, complete enough to be referenced."""
+        return self._headers[of.source.path]
+
+    @property
+    def headers(self) -> list[pydicom.Dataset]:
+        """Of all images of the study that were read, each once."""
+        return list(self._headers.values())
+
+    def uid(self, *what: str | int) -> str:
+        """A UID that is the same whenever the same model says the same of the same images, so that
+        an object which is sent twice is one object (PS3.5, B.2)."""
+        model = self.diagnosis.model.get("sha256", "")
+        images = sorted(f"{s.source.identity.sop_uid}#{s.source.frame}" for s in self.slices)
+        told = (__version__, model, repr(self.diagnosis.threshold), self.n_lost, *images, *what)
+        digest = hashlib.sha256("\n".join(map(str, (self.study_uid, *told))).encode()).digest()
+        return f"2.25.{uuid.UUID(bytes=digest[:16], version=5).int}"
+
+
+def studies(diagnosis: Diagnosis) -> Iterator[StudyDiagnosis]:
+    """The studies of a diagnosis.
+
+    Raises:
+        ValueError: naming a slice that is no DICOM file, or has no study to be filed under.
+    """
+    patients = {p.patient: p for p in diagnosis.patients}
+    found: dict[tuple[str, str], list[SliceDiagnosis]] = defaultdict(list)
+    for s in diagnosis.slices:
+        if not (s.source.identity.study_uid and s.source.identity.sop_uid):
+            raise ValueError(
+                f"{s.file}: has no Study or SOP Instance UID, so no result can be filed beside it"
+                " in a PACS; give the DICOM files of the study."
+            )
+        found[s.patient, s.source.identity.study_uid].append(s)
+    for (patient, study_uid), slices in found.items():
+        yield StudyDiagnosis(diagnosis, patients[patient], study_uid, tuple(slices))
+
+
+def read_header(path: Path) -> pydicom.Dataset:
+    """The header of an image, with what the standard asks of it and some scanners leave out."""
+    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    header.decode()
+    header.SpecificCharacterSet = "ISO_IR 192"
+    for keyword in _TYPE_2:
+        if keyword not in header or header[keyword].value is None:
+            setattr(header, keyword, "")
+    if header.PatientSex not in ("M", "F", "O"):
+        header.PatientSex = ""
+    for keyword, kind in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
+        try:
+            kind(header.get(keyword))
+        except ValueError:
+            setattr(header, keyword, "")
+    # Type 1C: it says how identities were removed, where they were.
+    if "DeidentificationMethod" in header and not header.DeidentificationMethod:
+        del header.DeidentificationMethod
+    if header.get("PatientIdentityRemoved") == "YES" and not (
+        header.get("DeidentificationMethod") or header.get("DeidentificationMethodCodeSequence")
+    ):
+        header.DeidentificationMethod = "Unknown"
+    return header
