@@ -55,6 +55,8 @@ def add_ich_config(cfg: CfgNode) -> None:
     # With one window: the second of the three channels shows how much denser than the slice's brain
     # its soft tissue is, smoothed and without bone.
     cfg.INPUT.DENSITY = False
+    # The third channel shows how much denser than its mirror image the head's soft tissue is.
+    cfg.INPUT.ASYMMETRY = False
     # Folder in which decoded slices of compressed DICOM files are kept. "": none.
     cfg.INPUT.CACHE_DIR = ""
     cfg.INPUT.AUG = CN()

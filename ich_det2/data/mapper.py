@@ -13,7 +13,7 @@ from detectron2.data import transforms as T
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
 from .dicom import read_windowed
-from .head import density_picture, find_skull
+from .head import asymmetry_picture, density_picture, find_skull
 from .inspection import WINDOW
 from .pictures import is_picture, read_picture
 
@@ -37,6 +37,7 @@ class IchDatasetMapper:
         sequence_slices: int = 0,
         skull_mask: bool = False,
         density: bool = False,
+        asymmetry: bool = False,
         cache_dir: str | Path = "",
     ):
         """
@@ -48,6 +49,7 @@ class IchDatasetMapper:
             sequence_slices: slices on either side that "sequence" holds, with the slice itself.
             skull_mask: blank what lies outside of the skull, see :func:`find_skull`.
             density: the second of the three channels is :func:`density_picture`.
+            asymmetry: the third of the three channels is :func:`asymmetry_picture`.
             cache_dir: of a :class:`SliceCache`; "" for none.
 
         Raises:
@@ -65,11 +67,12 @@ class IchDatasetMapper:
                 f"INPUT.CONTEXT_SLICES is {context_slices} with {len(windows)} windows, expected 0,"
                 " or 1 with one window: there are three channels."
             )
-        if density and (len(windows) != 1 or context_slices):
-            raise ValueError(
-                f"INPUT.DENSITY is True with {len(windows)} windows and INPUT.CONTEXT_SLICES"
-                f" {context_slices}, expected one window and 0: there are three channels."
-            )
+        for key, asked in (("DENSITY", density), ("ASYMMETRY", asymmetry)):
+            if asked and (len(windows) != 1 or context_slices):
+                raise ValueError(
+                    f"INPUT.{key} is True with {len(windows)} windows and INPUT.CONTEXT_SLICES"
+                    f" {context_slices}, expected one window and 0: there are three channels."
+                )
         if sequence_slices < 0 or context_slices and sequence_slices:
             raise ValueError(
                 f"INPUT.SEQUENCE_SLICES is {sequence_slices} with INPUT.CONTEXT_SLICES"
@@ -80,6 +83,7 @@ class IchDatasetMapper:
         self.context_slices = context_slices
         self.skull_mask = skull_mask
         self.density = density
+        self.asymmetry = asymmetry
         self.cache = SliceCache(cache_dir) if cache_dir else None
         self.augmentations = T.AugmentationList(augmentations)
         self.windows = [(float(level), float(width)) for level, width in windows]
@@ -94,6 +98,7 @@ class IchDatasetMapper:
             "sequence_slices": cfg.INPUT.SEQUENCE_SLICES,
             "skull_mask": cfg.INPUT.SKULL_MASK,
             "density": cfg.INPUT.DENSITY,
+            "asymmetry": cfg.INPUT.ASYMMETRY,
             "cache_dir": cfg.INPUT.CACHE_DIR,
         }
 
@@ -121,18 +126,25 @@ class IchDatasetMapper:
         if is_picture(path):
             image = read_picture(path)
             return image[..., None], image, 1.0
-        windows = [*self.windows, WINDOW] if self.skull_mask or self.density else self.windows
+        windows = [*self.windows, WINDOW] if self._needs_skull else self.windows
         image, spacing_mm = read_windowed(path, windows, frame, cache=self.cache)
         return image[..., : len(self.windows)], image[..., -1], pixel_ratio(spacing_mm)
+
+    @property
+    def _needs_skull(self) -> bool:
+        return self.skull_mask or self.density or self.asymmetry
 
     def _read_channels(self, path: str | Path, frame: int | None) -> tuple[np.ndarray, float]:
         """A slice as the network's channels, and the height of its pixels over their width."""
         image, brain, ratio = self._read_slice(path, frame)
-        skull = find_skull(brain) if self.skull_mask or self.density else None
-        if self.density:
-            image = np.concatenate(
-                [image, density_picture(brain, skull)[..., None], image], axis=-1
-            )
+        skull = find_skull(brain) if self._needs_skull else None
+        if self.density or self.asymmetry:
+            channels = [image[..., 0]] * 3
+            if self.density:
+                channels[1] = density_picture(brain, skull)
+            if self.asymmetry:
+                channels[2] = asymmetry_picture(brain, skull, ratio)
+            image = np.stack(channels, axis=-1)
         if self.skull_mask and skull is not None:
             image = image * skull[..., None]
         return image, ratio

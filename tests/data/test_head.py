@@ -6,7 +6,13 @@ import pytest
 from PIL import Image
 
 from ich_det2.data import IchDatasetMapper
-from ich_det2.data.head import density_picture, find_head, find_skull
+from ich_det2.data.head import (
+    asymmetry_picture,
+    density_picture,
+    find_head,
+    find_skull,
+    mirror_head,
+)
 
 
 @pytest.mark.parametrize("centre, axes", [((120, 110), (70, 90)), ((90, 128), (60, 60))])
@@ -194,9 +200,85 @@ def test_the_second_channel_shows_densities(tmp_path, write_ct, windows):
     assert mapper.read_image(file).shape == mapper.read_image(picture).shape == (256, 256, 1)
 
 
+@pytest.mark.parametrize("key", ["density", "asymmetry"])
 @pytest.mark.parametrize("options", [{"windows": [(40, 80)] * 3}, {"context_slices": 1}])
-def test_densities_take_a_channel_that_is_free(options):
-    with pytest.raises(ValueError, match="INPUT.DENSITY is True with .*there are three channels"):
-        IchDatasetMapper(
-            False, augmentations=[], density=True, **{"windows": [(40, 80)], **options}
-        )
+def test_densities_and_asymmetries_take_a_channel_that_is_free(key, options):
+    match = f"INPUT.{key.upper()} is True with .*there are three channels"
+    with pytest.raises(ValueError, match=match):
+        IchDatasetMapper(False, augmentations=[], **{key: True, "windows": [(40, 80)], **options})
+
+
+# ---- the sides of the head -----------------------------------------------------------------------
+
+
+def tilt(hu, degrees, shift=(0, 0), ratio=1.0):
+    """Turned about (120, 110), shifted, and of pixels that are so high."""
+    turn = cv2.getRotationMatrix2D((120, 110), degrees, 1.0)
+    turn[:, 2] += shift
+    turned = cv2.warpAffine(hu, turn, (256, 256), flags=cv2.INTER_NEAREST, borderValue=-1000)
+    size = (256, round(256 / ratio))
+    return cv2.resize(turned, size, interpolation=cv2.INTER_NEAREST), turn
+
+
+def draw_sides(left=32, right=32):
+    """A head that is no circle, with a patch of brain on either side."""
+    hu = draw_densities(32, 32)
+    for x, value in ((120 - 35, left), (120 + 35, right)):
+        cv2.circle(hu, (x, 110), 14, value, -1)
+    return hu
+
+
+@pytest.mark.parametrize("degrees", [-20, -7, 0, 13])
+@pytest.mark.parametrize("shift, ratio", [((0, 0), 1.0), ((17, -9), 1.0), ((0, 4), 1.25)])
+def test_the_head_is_mirrored_at_its_middle(degrees, shift, ratio):
+    hu, turn = tilt(draw_sides(), degrees, shift, ratio)
+    mirror = mirror_head(grey_of(hu), find_skull(grey_of(hu)), ratio)
+    # From a point on the image's left of the head to the one across.
+    for dx, dy in ((50, 0), (30, 40), (0, -60)):
+        here, across = (turn @ (120 + s * dx, 110 + dy, 1) / (1, ratio) for s in (-1, 1))
+        np.testing.assert_allclose(mirror @ (*here, 1), across, atol=6)
+        np.testing.assert_allclose(mirror @ (*across, 1), here, atol=6)
+
+
+@pytest.mark.parametrize("degrees, ratio", [(0, 1.0), (-15, 1.0), (15, 1.0), (10, 1.25)])
+def test_hand_worked_asymmetry(degrees, ratio):
+    hu, turn = tilt(draw_sides(left=32, right=42), degrees, (3, 5), ratio)
+    grey = grey_of(hu)
+    found = asymmetry_picture(grey, find_skull(grey), ratio).astype(int)
+
+    def at(x, y):
+        column, row = np.rint(turn @ (x, y, 1) / (1, ratio)).astype(int)
+        return found[row, column]
+
+    # 10 of 20 HU more, or less, than the other side.
+    assert abs(at(155, 110) - 192) <= 6 and abs(at(85, 110) - 64) <= 6
+    assert abs(at(120, 110) - 128) <= 4 and abs(at(120, 60) - 128) <= 4
+    assert at(120, 28) == 128 and found[2, 2] == 128  # bone, air
+    alike, _ = tilt(draw_sides(), degrees, (3, 5), ratio)
+    grey = grey_of(alike)
+    assert np.abs(asymmetry_picture(grey, find_skull(grey), ratio).astype(int) - 128).max() <= 10
+
+
+def test_without_a_skull_both_sides_are_alike():
+    grey = grey_of(draw_sides(right=62))
+    assert (asymmetry_picture(grey, None) == 128).all()
+    thin = grey[100:101]
+    assert asymmetry_picture(thin, np.ones_like(thin)).shape == (1, 256)
+
+
+@pytest.mark.parametrize("density", [False, True])
+def test_the_third_channel_shows_asymmetries(tmp_path, write_ct, density):
+    hu = draw_sides(right=52)
+    file = str(write_ct(tmp_path / "a.dcm", hu))
+    picture = str(tmp_path / "a.png")
+    Image.fromarray(grey_of(hu)).save(picture)
+    mapper = IchDatasetMapper(
+        False, augmentations=[], windows=[(40, 120)], density=density, asymmetry=True
+    )
+    dicom, png = (mapper({"file_name": f})["image"].numpy() for f in (file, picture))
+    skull = find_skull(grey_of(hu))
+    np.testing.assert_array_equal(png[2], asymmetry_picture(grey_of(hu), skull))
+    np.testing.assert_allclose(dicom[2], png[2], atol=2)
+    second = density_picture(grey_of(hu), skull) if density else grey_of(hu)
+    np.testing.assert_array_equal(png[1], second)
+    np.testing.assert_array_equal(png[0], grey_of(hu))

@@ -38,7 +38,7 @@ OPTIONS = {
     "smoothing": ("TEST.DIAGNOSIS.SMOOTHING", "[0.2, 0.5, 0.3]"),
     "smoothed boxes": (
         *("TEST.DIAGNOSIS.SMOOTHING", "[0.2, 0.5, 0.3]", "TEST.DIAGNOSIS.SMOOTHING_IOU", "0.3"),
-        *("INPUT.SKULL_MASK", "True", "INPUT.DENSITY", "True"),
+        *("INPUT.SKULL_MASK", "True", "INPUT.DENSITY", "True", "INPUT.ASYMMETRY", "True"),
     ),
 }
 
