@@ -60,6 +60,7 @@ PURE = {
     "ich_det2.inference.outputs",
     "ich_det2.inference.results",
     "ich_det2.inference.slices",
+    "ich_det2.inference.viewer",
     "ich_det2.lazy",
     "ich_det2.modeling.cost",
     "ich_det2.phantom",

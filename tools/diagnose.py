@@ -87,6 +87,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also slices whose Body Part Examined names another part than the head",
     )
     parser.add_argument(
+        "--viewer",
+        action="store_true",
+        help="also viewer.html, a page to look through the slices with their boxes (of several "
+        "patients viewers/<patient>.html)",
+    )
+    parser.add_argument(
         "--dicom",
         nargs="+",
         choices=KINDS,
@@ -157,11 +163,15 @@ def run(args: argparse.Namespace) -> None:
         diagnosis.write(
             args.output,
             overlays="all" if args.all_overlays else "positive",
+            viewer=args.viewer,
             key=args.key,
             force=args.force,
             progress=progress,
         )
     report(diagnosis, args.output, Console())
+    if args.viewer:
+        several = (args.output / "viewers").is_dir()
+        print(f"To look through: {args.output / ('viewers' if several else 'viewer.html')}")
     if args.dicom:
         print(f"DICOM objects, with the identity of their source: {args.dicom_output}")
 

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .dicom import read_windowed
+from .dicom import pixel_ratio, read_windowed
 from .head import Head, find_head
 from .inspection import WINDOW
-from .mapper import pixel_ratio
 from .pictures import is_picture, read_picture
 from .tree import VocTree
 

@@ -12,7 +12,7 @@ from detectron2.data import transforms as T
 
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
-from .dicom import read_windowed
+from .dicom import pixel_ratio, read_windowed
 from .head import asymmetry_picture, density_picture, find_skull
 from .inspection import WINDOW
 from .pictures import is_picture, read_picture
@@ -237,14 +237,3 @@ def _as_tensor(image: np.ndarray) -> torch.Tensor:
     image = image.reshape(*image.shape[:2], -1).transpose(2, 0, 1).astype(np.float32)
     # One window fills three channels.
     return torch.from_numpy(image).expand(3, -1, -1).contiguous()
-
-
-def pixel_ratio(spacing_mm: tuple[float, float]) -> float:
-    """Height of a slice's pixels over their width: 1 if nearly so, or where it is not known.
-
-    Args:
-        spacing_mm: of rows and of columns.
-    """
-    rows, columns = spacing_mm
-    ratio = rows / columns if rows > 0 else 1.0
-    return ratio if abs(ratio - 1) > 0.01 else 1.0

@@ -17,8 +17,7 @@ from ..anchors.clustering import (
     cluster_anchors,
     cluster_pairs,
 )
-from ..data.dicom import read_spacing
-from ..data.mapper import pixel_ratio
+from ..data.dicom import pixel_ratio, read_spacing
 from ..modeling.anchor_generator import anchors_given
 from .config import is_classifier, is_retinanet
 from .run_folder import RunFolder

@@ -24,6 +24,7 @@ from .results import (
     patient_rows,
     slice_rows,
 )
+from .viewer import write_viewers
 
 OVERLAYS = ("positive", "all", "none")
 
@@ -33,6 +34,7 @@ def write_outputs(
     folder: str | os.PathLike,
     *,
     overlays: str,
+    viewer: bool,
     key: str | os.PathLike | None,
     force: bool,
     progress: Progress,
@@ -45,6 +47,8 @@ def write_outputs(
         _draw_overlays(diagnosis, temporary, overlays, progress)
         for write in WRITERS:
             write(diagnosis, temporary)
+        if viewer:
+            write_viewers(diagnosis, temporary, progress)
     if key is not None:
         _write_key(diagnosis, Path(key))
 

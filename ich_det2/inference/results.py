@@ -238,6 +238,7 @@ class Diagnosis:
         folder: str | os.PathLike,
         *,
         overlays: str = "positive",
+        viewer: bool = False,
         key: str | os.PathLike | None = None,
         force: bool = False,
         progress: Progress = silent,
@@ -248,6 +249,8 @@ class Diagnosis:
             folder: new, or to be replaced.
             overlays: drawings of slices: "positive" ones and each patient's highest scored, "all",
                 or "none".
+            viewer: also a page to look through the slices, ``viewer.html``; of several patients
+                each gets ``viewers/<patient>.html``.
             key: file for ``self.key``, which its owner alone may read.
             force: replace an earlier result, and an earlier key.
             progress: shows how far the drawing is.
@@ -257,7 +260,15 @@ class Diagnosis:
         """
         from .outputs import write_outputs  # which is about a Diagnosis
 
-        write_outputs(self, folder, overlays=overlays, key=key, force=force, progress=progress)
+        write_outputs(
+            self,
+            folder,
+            overlays=overlays,
+            viewer=viewer,
+            key=key,
+            force=force,
+            progress=progress,
+        )
 
 
 def summarize_patients(

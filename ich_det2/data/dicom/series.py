@@ -292,6 +292,17 @@ def read_spacing(path: str | os.PathLike) -> tuple[float, float]:
         return read_headers(file)[0].spacing_mm
 
 
+def pixel_ratio(spacing_mm: tuple[float, float]) -> float:
+    """Height of a slice's pixels over their width: 1 if nearly so, or where it is not known.
+
+    Args:
+        spacing_mm: of rows and of columns.
+    """
+    rows, columns = spacing_mm
+    ratio = rows / columns if rows > 0 else 1.0
+    return ratio if abs(ratio - 1) > 0.01 else 1.0
+
+
 def neighbours(positions_mm: Sequence[float], reach: int = 1) -> np.ndarray:
     """The slices before and after each slice of a series, for channels of context.
 
