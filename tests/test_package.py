@@ -85,6 +85,7 @@ BELOW = {
     "evaluation": {"evaluation", "config"},
     "engine": {"engine", "anchors", "data", "modeling", "evaluation", "config"},
     "dicom_out": {"dicom_out"},
+    "serve": {"serve", "inference", "dicom_out"},
     "inference": {"inference", "engine", "data", "evaluation", "config"},
     "experiments": {"experiments", "engine", "data", "evaluation", "config"},
 }
@@ -168,7 +169,7 @@ def functions_with_cfg(path):
                 yield getattr(node, "name", "lambda")
 
 
-READ_CFG = ("config", "engine", "inference", "experiments")
+READ_CFG = ("config", "engine", "inference", "experiments", "serve")
 
 
 @pytest.mark.parametrize("name", [n for n in MODULES if room_of(n) not in READ_CFG])

@@ -1,0 +1,207 @@
+"""From a study on disk to an answer on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pydicom
+
+from ..dicom_out import build_objects, studies
+from ..inference.api import diagnose
+from ..inference.diagnoser import Diagnoser
+from ..inference.results import Diagnosis
+from .config import ServeConfig
+from .dicomweb import Dicomweb
+from .journal import Journal, Study
+from .log import study_key
+from .points import reach
+from .receiver import sync_folder, write_durably
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Diagnoses studies that have been quiet, one after the other, by a model loaded once."""
+
+    def __init__(self, cfg: ServeConfig, journal: Journal, model: Diagnoser):
+        self._cfg, self._journal, self._model = cfg, journal, model
+        complete = cfg.complete
+        self._source = (
+            Dicomweb(complete.qido, ca=complete.ca, token_file=complete.token_file)
+            if complete.qido
+            else None
+        )
+        self.counts: Counter[str] = Counter()
+        self.seconds = 0.0
+        """Spent on diagnosing."""
+
+    def work(self) -> int:
+        """Answers what may be answered now; returns how many studies were tried."""
+        tried = 0
+        for study in self._journal.quiet_studies(self._cfg.complete.quiet_s):
+            if self._waits(study):
+                continue
+            tried += 1
+            self.answer(study)
+        return tried
+
+    def _waits(self, study: Study) -> bool:
+        """Whether the source has more of a study, and the time to wait for it is not over."""
+        if self._source is None:
+            return False
+        expected = study.expected
+        try:
+            expected = self._source.count_instances(study.uid)
+        except Exception as error:  # a source that is down must not keep studies from an answer
+            logger.warning("QIDO failed", extra={"reason": type(error).__name__})
+        there = len(self._journal.instances(study.uid))
+        waited = time.time() - study.last_at
+        if expected is None or there >= expected or waited >= self._cfg.complete.wait_s:
+            self._journal.set_expected(study.uid, expected, 0)
+            return False
+        pause = min(max(self._cfg.complete.quiet_s, 1.0), self._cfg.complete.wait_s - waited)
+        self._journal.set_expected(study.uid, expected, time.time() + pause)
+        return True
+
+    def answer(self, study: Study) -> None:
+        """Diagnoses a study, or notes why that is not possible and when it is tried again."""
+        start, key = time.monotonic(), study_key(study.uid)
+        try:
+            verdict, complete, n_objects = self._answer(self._journal.study(study.uid))
+        except Exception as error:
+            # Whatever it is, the study stays in the journal, visibly failed.
+            wait = backoff(self._cfg, study.attempts)
+            reason = describe(error)
+            self._journal.fail_study(study.uid, study.version, reason, time.time() + wait)
+            self.counts["failed"] += 1
+            logger.error(
+                "study failed",
+                extra={"study": key, "reason": type(error).__name__, "retry_s": round(wait, 1)},
+                exc_info=not isinstance(error, (ValueError, OSError)),
+            )
+            return
+        took = time.monotonic() - start
+        self.seconds += took
+        self.counts["answered"] += 1
+        logger.info(
+            "study answered",
+            extra={
+                "study": key,
+                "verdict": verdict,
+                "complete": complete,
+                "objects": n_objects,
+                "seconds": round(took, 2),
+            },
+        )
+
+    def _answer(self, study: Study) -> tuple[str, bool, int]:
+        cfg, journal = self._cfg, self._journal
+        folder = cfg.root / "incoming" / study.uid
+        diagnosis = diagnose(folder, self._model, threshold=cfg.threshold)
+        reach("detected")
+        expected = journal.study(study.uid).expected
+        diagnosis = _with_missing(diagnosis, len(journal.instances(study.uid)), expected)
+        kinds = sorted({kind for d in cfg.send for kind in d.objects}) or [
+            "gsps",
+            "kos",
+            "sc",
+            "sr",
+        ]
+        previous = [pydicom.dcmread(p) for p in journal.last_reports(study.uid, study.version)]
+        place = cfg.root / "results" / study.uid
+        objects, verdicts, complete = [], [], True
+        for part in studies(diagnosis):
+            verdicts.append(part.verdict)
+            complete = complete and part.n_lost == 0
+            for kind, built in build_objects(
+                part,
+                kinds,
+                sr_class=cfg.sr_class,
+                previous=_others(previous, part.uid("sr", cfg.sr_class, 1)),
+            ):
+                path = place / f"{kind}-{built.SOPInstanceUID}.dcm"
+                if not path.is_file():  # another try may have written it already
+                    content = io.BytesIO()
+                    built.save_as(content, enforce_file_format=True)
+                    write_durably(path, content.getvalue())
+                to = [d.name for d in cfg.send if kind in d.objects]
+                objects.append((built.SOPInstanceUID, kind, os.fspath(path), to))
+        reach("stored")
+        verdict = max(verdicts, key=("absent", "undetermined", "present").index)
+        journal.answer(study.uid, study.version, verdict, complete, objects)
+        reach("answered")
+        return verdict, complete, len(objects)
+
+
+def _with_missing(diagnosis: Diagnosis, there: int, expected: int | None) -> Diagnosis:
+    """Says of each patient of a study that instances of it are missing, if they are."""
+    missing = max(0, (expected or 0) - there)
+    patients = tuple(
+        replace(p, n_slices_missing=max(p.n_slices_missing, missing)) for p in diagnosis.patients
+    )
+    return replace(diagnosis, patients=patients)
+
+
+def _others(previous: Sequence[pydicom.Dataset], uid: str) -> list[pydicom.Dataset]:
+    """Reports but the one of this UID, which is the same answer."""
+    return [ds for ds in previous if ds.SOPInstanceUID != uid]
+
+
+def backoff(cfg: ServeConfig, attempts: int) -> float:
+    """Seconds to wait after so many failures before."""
+    return min(cfg.retry_s * 2 ** min(attempts, 30), cfg.max_retry_s)
+
+
+def describe(error: BaseException) -> str:
+    """An error for the journal, which only its owner reads."""
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def clean(cfg: ServeConfig, journal: Journal) -> int:
+    """Removes studies that are done and old, or too many; returns how many."""
+    now, removed = time.time(), 0
+    done = journal.removable()
+    total = journal.totals()["bytes"]
+    for study, at, size in done:
+        old = now - at > cfg.keep.days * 86400
+        if not old and total <= cfg.keep.max_gb * 2**30:
+            break  # the rest is younger
+        paths = journal.forget(study)
+        if paths is None:
+            continue
+        for path in paths:
+            Path(path).unlink(missing_ok=True)
+        for folder in (cfg.root / "incoming" / study, cfg.root / "results" / study):
+            with contextlib.suppress(OSError):  # something new may have come meanwhile
+                folder.rmdir()
+        total -= size
+        removed += 1
+        logger.info("study removed", extra={"study": study_key(study)})
+    return removed
+
+
+def sweep(cfg: ServeConfig, journal: Journal) -> int:
+    """Removes files that no row of the journal names: those of a process that was killed.
+
+    Only to be called before the receiver starts, since a file is on disk before it is in the
+    journal.
+    """
+    removed = 0
+    for folder in (*(cfg.root / "incoming").glob("*"), *(cfg.root / "results").glob("*")):
+        known = {*journal.instances(folder.name), *journal.results(folder.name)}
+        for path in folder.iterdir():
+            if os.fspath(path) not in known:
+                path.unlink()
+                removed += 1
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    sync_folder(cfg.root)
+    return removed
