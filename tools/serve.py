@@ -131,14 +131,16 @@ def reconcile(args: argparse.Namespace) -> int:
         raise ValueError(f"--date is {args.date!r}, expected YYYYMMDD.")
     source = Dicomweb(cfg.complete.qido, ca=cfg.complete.ca, token_file=cfg.complete.token_file)
     there, n_known, lacking = journal.count_instances(), 0, []
-    for uid, expected in source.studies_of(args.date):
+    for uid in source.studies_of(args.date):
         n_known += 1
-        study = journal.study(uid)
+        study, expected = journal.study(uid), source.count_instances(uid)
         own = there.get(uid, 0)
-        if study is None or not study.removed and own < expected or study.state == "failed":
+        whole = study is not None and (study.removed or own >= (expected or 0))
+        if not whole or study.state == "failed":
             state = "not received" if study is None else study.state
-            lacking.append((uid if args.uids else study_key(uid), state, own, expected))
-    table = Table("study", "state", "instances here", "in the PACS")
+            shown = "unknown" if expected is None else expected
+            lacking.append((uid if args.uids else study_key(uid), state, own, shown))
+    table = Table("study", "state", "CT images here", "in the PACS")
     for row in lacking:
         table.add_row(*map(str, row))
     if lacking:

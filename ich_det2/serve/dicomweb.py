@@ -9,8 +9,10 @@ import pydicom
 import requests
 from dicomweb_client.api import DICOMwebClient
 
-_INSTANCES = "00201208"
-"""Number of Study Related Instances."""
+_INSTANCES = "00201209"
+"""Number of Series Related Instances."""
+
+_PAGE = 100
 
 
 class Dicomweb:
@@ -40,28 +42,25 @@ class Dicomweb:
         return DICOMwebClient(self._url, session=session)
 
     def count_instances(self, study: str) -> int | None:
-        """How many instances of a study there are; None if it is not known there."""
-        found = self._client().search_for_studies(
-            search_filters={"StudyInstanceUID": study}, fields=[_INSTANCES]
-        )
-        for row in found:
-            if values := row.get(_INSTANCES, {}).get("Value"):
-                return int(values[0])
-        return None
+        """How many CT images of a study there are; None if that is not known there.
 
-    def studies_of(self, date: str) -> Iterator[tuple[str, int]]:
-        """Study Instance UID and number of instances of the CT studies of a day, YYYYMMDD."""
+        Of its CT series alone: the number of the study's instances holds reports too, this node's
+        among them.
+        """
+        found = self._client().search_for_series(
+            study_instance_uid=study, search_filters={"Modality": "CT"}, fields=[_INSTANCES]
+        )
+        counts = [row.get(_INSTANCES, {}).get("Value", [None])[0] for row in found]
+        return None if not counts or None in counts else sum(map(int, counts))
+
+    def studies_of(self, date: str) -> Iterator[str]:
+        """Study Instance UIDs of the CT studies of a day, YYYYMMDD."""
         filters = {"StudyDate": date, "ModalitiesInStudy": "CT"}
-        fields = [_INSTANCES, "0020000D"]
         client, offset = self._client(), 0
-        while True:
-            rows = client.search_for_studies(
-                search_filters=filters, fields=fields, limit=100, offset=offset
-            )
+        while rows := client.search_for_studies(search_filters=filters, limit=_PAGE, offset=offset):
             for row in rows:
-                count = row.get(_INSTANCES, {}).get("Value", [0])[0]
-                yield row["0020000D"]["Value"][0], int(count)
-            if len(rows) < 100:
+                yield row["0020000D"]["Value"][0]
+            if len(rows) < _PAGE:
                 return
             offset += len(rows)
 
