@@ -3,6 +3,7 @@
 
     python tools/diagnose.py zoo://ct-ich path/to/exam --output diagnosis
     python tools/diagnose.py output/csfrcnn_r50 path/to/exam --output diagnosis
+    python tools/diagnose.py zoo://ct-ich --manifest studies.csv --output archive --workers 4
 
 The model is OUTPUT_DIR of a training or, by zoo://NAME, one that comes with the package.
 In DIR: slices.csv and patients.csv with scores and verdicts, diagnosis.json with the boxes and the
@@ -28,6 +29,8 @@ from rich.table import Table
 from ich_det2.cli import guard
 from ich_det2.dicom_out import KINDS, SR_CLASSES
 
+ENGINES = ("local", "ray")
+
 MAX_NOTES = 20
 """Lines of notes on the terminal; all are in the files."""
 
@@ -51,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "inputs",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="INPUT",
         help="DICOM file, PNG or JPEG that is windowed already, or folder of them",
     )
@@ -113,9 +116,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="3d",
         help="Comprehensive 3D SR, or Comprehensive SR for older viewers (default 3d)",
     )
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="CSV",
+        help="many studies in place of INPUT: a table with the columns study (name of its folder in "
+        "DIR) and path (file or folder); what an earlier run has finished is not diagnosed again",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="of --manifest: this machine, or a Ray cluster (RAY_ADDRESS) (default local)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of --manifest: that each load the model once (default 1)",
+    )
     parser.add_argument("--all-overlays", action="store_true", help="of negative slices too")
     parser.add_argument("--force", action="store_true", help="replace an earlier result in DIR")
     args = parser.parse_args(argv)
+    if bool(args.inputs) == bool(args.manifest):
+        parser.error("give INPUT, or --manifest with the studies.")
+    if args.manifest and (args.key or args.force):
+        parser.error("--manifest takes no --key and no --force: it goes on with what is there.")
     if args.dicom_output and not args.dicom:
         parser.error("--dicom-output names a folder for what --dicom asks for; give both.")
     if args.dicom:
@@ -124,12 +151,65 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run_archive(args: argparse.Namespace) -> int:
+    """Diagnoses the studies of a manifest; the exit code is 1 if some failed.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence with the remedy.
+    """
+    from ich_det2.inference.archive import Settings, diagnose_archive, read_manifest
+
+    jobs = read_manifest(args.manifest)
+    settings = Settings(
+        model=args.model,
+        output=str(args.output.absolute()),
+        device=args.device,
+        batch_size=args.batch_size,
+        threshold=args.threshold,
+        identify=args.identify,
+        any_body_part=args.any_body_part,
+        overlays="all" if args.all_overlays else "positive",
+        viewer=args.viewer,
+        dicom=tuple(args.dicom or ()),
+        sr_class=args.sr_class,
+        dicom_output=str(args.dicom_output.absolute()) if args.dicom else "",
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("studies", total=len(jobs))
+
+        def tell(row: dict) -> None:
+            progress.update(task, advance=1)
+            if row["status"] == "failed":
+                line = f"{row['study']}: failed: {row['error']}"
+                console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+        rows = diagnose_archive(
+            jobs, settings, engine=args.engine, workers=args.workers, progress=tell
+        )
+    failed = sum(row["status"] == "failed" for row in rows)
+    positive = sum(row["verdict"] == "positive" for row in rows)
+    print(
+        f"{len(rows)} studies: {positive} positive, {failed} failed, which the same command tries"
+        f" again. Table: {args.output / 'studies.csv'}"
+    )
+    return 1 if failed else 0
+
+
+def run(args: argparse.Namespace) -> int | None:
     """Diagnoses and writes; nothing is written unless everything is.
 
     Raises:
         FileNotFoundError, ValueError: one sentence with the remedy.
     """
+    if args.manifest:
+        return run_archive(args)
     # PyTorch and Detectron2 take seconds to import, which --help need not wait for.
     from ich_det2.dicom_out import check_dicom_output, write_dicom
     from ich_det2.inference.api import diagnose

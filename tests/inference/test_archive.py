@@ -1,0 +1,231 @@
+"""Many studies: a folder for each, whole or not at all, and nothing done twice."""
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from ich_det2.inference import archive
+from ich_det2.inference.archive import Job, Settings, diagnose_archive, read_manifest
+from ich_det2.phantom import write_exam
+
+REPO = Path(__file__).parents[2]
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray")
+
+spec = importlib.util.spec_from_file_location("diagnose", REPO / "tools/diagnose.py")
+command = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(command)
+
+
+@pytest.fixture(scope="module")
+def exams(tmp_path_factory):
+    """Three studies, of four slices each."""
+    folder = tmp_path_factory.mktemp("exams")
+    for i in range(3):
+        for path in write_exam(folder / f"exam{i}", seed=i, size=64)[4:]:
+            path.unlink()
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny_cfg):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.manual_seed(3)
+    cfg = tiny_cfg("OUTPUT_DIR", str(folder))
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model_best.pth")
+    return folder
+
+
+@pytest.fixture
+def jobs(exams):
+    return [Job(f"s{i}", (str(exams / f"exam{i}"),)) for i in range(3)]
+
+
+@pytest.fixture
+def settings(run_dir, tmp_path):
+    def make(**changed):
+        own = {"model": str(run_dir), "output": str(tmp_path / "out"), "overlays": "none"}
+        return Settings(**{**own, **changed})
+
+    return make
+
+
+def table(folder):
+    with open(folder / "studies.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_study_has_a_folder_and_a_row(jobs, settings, tmp_path):
+    told = []
+    rows = diagnose_archive(jobs, settings(), progress=told.append)
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "archive.json",
+        "s0",
+        "s1",
+        "s2",
+        "studies.csv",
+    ]
+    assert [row["study"] for row in table(out)] == ["s0", "s1", "s2"] and told == rows
+    for row in table(out):
+        content = json.loads((out / row["study"] / "diagnosis.json").read_text())
+        (patient,) = content["patients"]
+        assert float(row["score"]) == pytest.approx(patient["score"], abs=1e-6)
+        assert row["verdict"] == patient["verdict"] and row["n_slices"] == "4"
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(
+    jobs, settings, tmp_path, exams
+):
+    broken = tmp_path / "broken"
+    jobs = [*jobs[:1], Job("bad", (str(broken),)), *jobs[1:]]
+    rows = diagnose_archive(jobs, settings())
+    assert [row["status"] for row in rows] == ["done", "failed", "done", "done"]
+    assert "no such file" in rows[1]["error"] and not (tmp_path / "out/bad").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("diagnosis.json")}
+    shutil.copytree(exams / "exam1", broken)
+    told = []
+    rows = diagnose_archive(jobs, settings(), progress=told.append)
+    assert [row["status"] for row in rows] == ["done"] * 4
+    assert sorted(row["status"] for row in told) == ["done", "skipped", "skipped", "skipped"]
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+
+
+def test_results_of_other_settings_are_not_mixed(jobs, settings, tmp_path):
+    diagnose_archive(jobs[:1], settings())
+    with pytest.raises(ValueError, match="another threshold .None, now 0.3."):
+        diagnose_archive(jobs, settings(threshold=0.3))
+    weights = Path(settings().model) / "model_best.pth"
+    state = torch.load(weights, weights_only=True)
+    state["model"]["roi_heads.box_predictor.cls_score.bias"] += 1
+    torch.save(state, weights)
+    with pytest.raises(ValueError, match="another sha256"):
+        diagnose_archive(jobs, settings())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds no archive"):
+        diagnose_archive(jobs, settings(output=str(tmp_path / "mine")))
+    with pytest.raises(ValueError, match="lie in one another"):
+        diagnose_archive(jobs, settings(output=str(Path(jobs[0].paths[0]) / "out")))
+
+
+def test_dicom_objects_of_each_study(jobs, settings, tmp_path):
+    objects = tmp_path / "objects"
+    own = settings(dicom=("sr",), dicom_output=str(objects))
+    diagnose_archive(jobs[:2], own)
+    assert len(list(objects.glob("s*/patient-001/study-01/sr-001.dcm"))) == 2
+    diagnose_archive(jobs, own)
+    assert len(list(objects.rglob("*.dcm"))) == 3
+
+
+def lethal(job):
+    """Kills its process at one study, once."""
+    mark = Path(os.environ["ICH_TEST_MARK"])
+    if job.name == "s1" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Lethal(archive.Reader):
+    def __call__(self, job):
+        lethal(job)
+        return super().__call__(job)
+
+
+def lethal_read(job):
+    lethal(job)
+    return archive._reader(job)
+
+
+def without_times(path):
+    return [row for row in table(path)]
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=needs_ray)])
+def test_two_workers_give_what_one_gives_and_a_lost_one_costs_no_study(
+    jobs, settings, tmp_path, monkeypatch, engine
+):
+    diagnose_archive(jobs, settings(output=str(tmp_path / "one")))
+    monkeypatch.setenv("ICH_TEST_MARK", str(tmp_path / "killed"))
+    # Workers import this file by its name.
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(REPO)]))
+    import test_archive
+
+    monkeypatch.setattr(archive, "_read", test_archive.lethal_read)
+    monkeypatch.setattr(archive, "Reader", test_archive.Lethal)
+    diagnose_archive(jobs, settings(), engine=engine, workers=2)
+    assert (tmp_path / "killed").exists()
+    assert table(tmp_path / "out") == table(tmp_path / "one")
+    sys.modules.pop("test_archive")
+
+
+def test_ray_that_is_not_there_is_named(jobs, settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match="engine ray needs Ray"):
+        diagnose_archive(jobs, settings(), engine="ray")
+
+
+# ---- manifests -----------------------------------------------------------------------------------
+
+
+def test_a_manifest(tmp_path):
+    path = tmp_path / "studies.csv"
+    path.write_text("study,path,note\na,x/1,\nb,/y,first\na,x/2,\n")
+    assert read_manifest(path) == [
+        Job("a", (f"{tmp_path}/x/1", f"{tmp_path}/x/2")),
+        Job("b", ("/y",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,path\n", "expected study and path"),
+        ("study,path\n", "names no study"),
+        ("study,path\n../x,y\n", "line 2: study '../x' is no name for a folder"),
+        ("study,path\n.hidden,y\n", "is no name for a folder"),
+        ("study,path\na/b,y\n", "is no name for a folder"),
+        ("study,path\n,y\n", "study '' is no name"),
+        ("study,path\na,\n", "line 2: the path is missing"),
+        ("study,path\na,x\nA,y\n", "studies a, A differ in case alone"),
+    ],
+)
+def test_manifests_that_are_none(tmp_path, text, message):
+    path = tmp_path / "studies.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_manifest(path)
+
+
+def test_the_command(run_dir, exams, tmp_path, capsys):
+    path = tmp_path / "studies.csv"
+    path.write_text(f"study,path\ns0,{exams}/exam0\nbad,{exams}/nothing\n")
+    argv = [str(run_dir), "--manifest", str(path), "--output", str(tmp_path / "out")]
+    assert command.main(argv) == 1
+    said = capsys.readouterr()
+    assert "2 studies: " in said.out and "1 failed, which the same command tries again" in said.out
+    assert "bad: failed: " in said.err
+    path.write_text(f"study,path\ns0,{exams}/exam0\n")
+    assert command.main(argv) == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [(["exam"], "give INPUT, or --manifest"), (["--force"], "takes no --key and no --force")],
+)
+def test_a_manifest_stands_alone(tmp_path, capsys, extra, message):
+    with pytest.raises(SystemExit) as stop:
+        argv = ["run", *extra, "--manifest", "m.csv", "--output", str(tmp_path / "out")]
+        command.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
