@@ -120,8 +120,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--manifest",
         type=Path,
         metavar="CSV",
-        help="many studies in place of INPUT: a table with the columns study (name of its folder in "
-        "DIR) and path (file or folder); what an earlier run has finished is not diagnosed again",
+        help="many studies in place of INPUT: a table with the columns study (name of its folder "
+        "in DIR) and path (file or folder); what an earlier run has finished is left",
     )
     parser.add_argument(
         "--engine",

@@ -16,10 +16,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ..dicom_out import check_dicom_output, write_dicom
-from ..files import write_atomically, write_csv
+from ..files import sha256, write_atomically, write_csv
 from ..version import __version__
 from .api import diagnose
-from .diagnoser import Diagnoser
+from .diagnoser import Diagnoser, load_run
 from .results import Diagnosis
 
 ENGINES = ("local", "ray")
@@ -116,8 +116,8 @@ def diagnose_archive(
 ) -> list[dict]:
     """Diagnoses studies; those that an earlier run has finished are not diagnosed again.
 
-    Each study is in ``output/<name>/`` whole or not at all. One that fails is noted with the reason,
-    the others go on, and the next run tries it again.
+    Each study is in ``output/<name>/`` whole or not at all. One that fails is noted with the
+    reason, the others go on, and the next run tries it again.
 
     Args:
         jobs: of :func:`read_manifest`.
@@ -171,10 +171,6 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
     Raises:
         ValueError: it holds something else, or results of other settings.
     """
-    from ..engine.run_folder import RunFolder
-    from ..files import sha256
-    from .diagnoser import load_run
-
     cfg, weights = load_run(settings.model, device=settings.device)
     resolved = output.resolve()
     for path in (Path(p).resolve() for job in jobs for p in job.paths):
@@ -187,7 +183,7 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
     own |= {
         "version": __version__,
         "sha256": sha256(weights),
-        "run": RunFolder(cfg.OUTPUT_DIR).name,
+        "run": Path(cfg.OUTPUT_DIR).name,
     }
     own = json.loads(json.dumps(own))
     record = output / _RECORD

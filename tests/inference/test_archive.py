@@ -147,10 +147,6 @@ def lethal_read(job):
     return archive._reader(job)
 
 
-def without_times(path):
-    return [row for row in table(path)]
-
-
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=needs_ray)])
 def test_two_workers_give_what_one_gives_and_a_lost_one_costs_no_study(
     jobs, settings, tmp_path, monkeypatch, engine
