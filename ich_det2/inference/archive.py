@@ -31,6 +31,8 @@ FIELDS = (
 
 _RECORD = "archive.json"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", re.ASCII)
+# Of the settings, what changes nothing in the answers; the weights are known by their SHA-256.
+_ANY = ("model", "output", "dicom_output", "device", "batch_size", "threads")
 _TRIES = 3
 """Of a study whose worker is lost, before it counts as failed."""
 
@@ -49,7 +51,8 @@ class Settings:
 
     Attributes:
         model: OUTPUT_DIR of a training, or ``zoo://NAME``.
-        device, batch_size, threshold, identify, any_body_part: as of ``ich_det2.diagnose``.
+        device, batch_size, backend, threads: as of ``Diagnoser.load``.
+        threshold, identify, any_body_part: as of ``ich_det2.diagnose``.
         overlays, viewer: as of :meth:`Diagnosis.write`.
         dicom, sr_class: kinds of DICOM objects, of ``dicom_out``; they go to ``dicom_output``.
         output, dicom_output: folders that get one for each study.
@@ -59,6 +62,8 @@ class Settings:
     output: str
     device: str = ""
     batch_size: int | None = None
+    backend: str = "eager"
+    threads: int | None = None
     threshold: float | None = None
     identify: bool = False
     any_body_part: bool = False
@@ -179,7 +184,7 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
                 f"--output {output} and the study {path.name} lie in one another; give a folder"
                 " elsewhere."
             )
-    own = {k: v for k, v in asdict(settings).items() if k not in ("model", "output", "device")}
+    own = {k: v for k, v in asdict(settings).items() if k not in _ANY}
     own |= {
         "version": __version__,
         "sha256": sha256(weights),
@@ -243,7 +248,11 @@ class Reader:
     def __init__(self, settings: Settings):
         self._settings = settings
         self._model = Diagnoser.load(
-            settings.model, device=settings.device, batch_size=settings.batch_size
+            settings.model,
+            device=settings.device,
+            batch_size=settings.batch_size,
+            backend=settings.backend,
+            threads=settings.threads,
         )
 
     def __call__(self, job: Job) -> dict:

@@ -24,6 +24,7 @@ from ..engine.operating_point import find_operating_point
 from ..engine.run_folder import EXPECTED, RunFolder
 from ..files import sha256
 from ..zoo import model_folder
+from .accelerate import accelerate
 from .slices import Slice, _reason
 
 # Enough to hide the decoding of most files behind a network; each holds one slice in memory.
@@ -158,7 +159,13 @@ class Diagnoser:
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike, *, device: str = "", batch_size: int | None = None
+        cls,
+        folder: str | os.PathLike,
+        *,
+        device: str = "",
+        batch_size: int | None = None,
+        backend: str = "eager",
+        threads: int | None = None,
     ) -> "Diagnoser":
         """Loads the model that a training run left in its OUTPUT_DIR.
 
@@ -166,11 +173,17 @@ class Diagnoser:
             folder: as of :func:`load_run`.
             device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
             batch_size: slices in a batch; ``TEST.BATCH_SIZE`` if None.
+            backend: engine of the dense parts on a CPU, of ``accelerate.BACKENDS``.
+            threads: of the network on a CPU; PyTorch's choice if None (of another backend 1).
 
         Raises:
             FileNotFoundError, ValueError: one sentence, if something is missing, damaged or of
-                another model.
+                another model, or the backend is not there.
         """
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads is {threads}, expected at least 1.")
+            torch.set_num_threads(threads)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
         cfg, weights = load_run(folder, device=device)
@@ -182,6 +195,7 @@ class Diagnoser:
                 f"{RunFolder.beside(weights).config}: {_reason(error, weights)}."
             ) from error
         _check_weights(model, weights)
+        model = accelerate(model, backend, threads or 1)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
         smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
@@ -202,6 +216,7 @@ class Diagnoser:
                 "sha256": sha256(weights),
                 "operating_point": point and {"rule": point.rule, "dataset": point.dataset},
                 "patient_rule": patient_rule,
+                **({"backend": backend} if backend != "eager" else {}),
                 **({"smoothing": smoothing} if smoothing else {}),
                 **({"smoothing_iou": smoothing_iou} if smoothing and smoothing_iou else {}),
             },

@@ -149,7 +149,7 @@ class ServeConfig:
         root: folder of the journal, of what was received, and of the answers.
         model: OUTPUT_DIR of a training, or ``zoo://NAME``.
         threshold: positive at this score and above; None for the model's.
-        threads: of the network.
+        backend, threads: engine of the network, see ``inference.accelerate``, and its threads.
         sr_class: of ``dicom_out.SR_CLASSES``.
         send: destinations; none keeps the answers in ``root``.
         retry_s, max_retry_s: after a failure, the wait before the next try; it doubles up to the
@@ -159,6 +159,7 @@ class ServeConfig:
     root: Path
     model: str = "zoo://ct-ich"
     threshold: float | None = None
+    backend: str = "eager"
     threads: int = 1
     sr_class: str = "3d"
     receive: Receive = field(default_factory=Receive)

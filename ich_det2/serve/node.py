@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import shutil
 import threading
 import time
@@ -185,8 +184,4 @@ def load_model(cfg: ServeConfig) -> Diagnoser:
     Raises:
         FileNotFoundError, ValueError: one sentence, if it is not whole.
     """
-    import torch
-
-    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))
-    torch.set_num_threads(cfg.threads)
-    return Diagnoser.load(cfg.model)
+    return Diagnoser.load(cfg.model, backend=cfg.backend, threads=cfg.threads)
