@@ -34,6 +34,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fuzz-examples", type=int, default=60, help="mutated files of each kind in test_fuzz.py"
     )
+    parser.addoption(
+        "--studies", type=int, default=40, help="that a node is sent in a row in test_crashes.py"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -139,6 +139,35 @@ def test_kill_9_at_any_time(process, pacs, study, wire):
     check_nothing_is_lost(process, pacs, acknowledged, studies)
 
 
+def resident_mb(process):
+    with open(f"/proc/{process.process.pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_memory_stays_flat_over_small_studies_in_a_row(
+    settings, wire, tmp_path, pacs, study, request
+):
+    number = request.config.getoption("--studies")
+    process = Process(wire, settings(complete={"quiet_s": 0}), tmp_path)
+    try:
+        process.start()
+        memory = []
+        for i in range(1, number + 1):
+            assert len(send_all(process, study(i, n=1))) == 1
+            if i % (number // 4) == 0:
+                studies = [f"1.2.3.{k}" for k in range(1, i + 1)]
+                wire.wait_for(lambda studies=studies: process.sent(studies), 120)
+                memory.append(resident_mb(process))
+        check_nothing_is_lost(
+            process, pacs, [f"1.2.3.{i}.1.1" for i in range(1, number + 1)], studies
+        )
+    finally:
+        process.kill()
+    print(f"{number} studies: resident MB {memory}")
+    # What the first quarter warms up is not counted.
+    assert memory[-1] - memory[0] < 40, memory
+
+
 def test_a_node_that_acknowledges_early_is_found_out(process, pacs, study, wire):
     """The test above has teeth."""
     process.start("--early")
