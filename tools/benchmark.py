@@ -5,6 +5,7 @@
     python tools/benchmark.py configs --size 512
     python tools/benchmark.py diagnosis --images 1000000 --thresholds 99
     python tools/benchmark.py read-slices path/to/series --rounds 20
+    python tools/benchmark.py diagnose --backends eager openvino
     python tools/benchmark.py loader --data path/to/voc_tree --workers 0 1 2
 
 train-step: against stock Detectron2. configs: seconds and peak memory of a training step of each
@@ -13,8 +14,10 @@ slices to their own input. diagnosis: at many thresholds against a loop over sci
 with the same numbers as result. read-slices: a windowed slice against pydicom's pixel_array,
 apply_rescale and a float64 window, once where the C library gives the memory of each array back, as
 in a process that has just begun, and once where it keeps it, as it comes to do in long ones.
-loader: slices per second of the training loader. What is compared is timed in turn, so that a
-machine whose speed wanders slows both; quote the ratio, not the seconds.
+diagnose: CPU-seconds from files to scores against Detectron2's DefaultPredictor behind pydicom,
+slice by slice, as shipped (800 px) and at the model's own pixels, with the same scores. loader:
+slices per second of the training loader. What is compared is timed in turn, so that a machine whose
+speed wanders slows both; quote the ratio, not the seconds.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +41,7 @@ with quiet_imports():
     import numpy as np
     import pydicom
     import torch
+    from detectron2.engine import DefaultPredictor
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
@@ -44,6 +49,7 @@ with quiet_imports():
     from sklearn import metrics as sk
     from tabulate import tabulate
 
+    import ich_det2
     from ich_det2.anchors import Anchors
     from ich_det2.data import register_ich_datasets
     from ich_det2.data.cache import SliceCache
@@ -59,6 +65,9 @@ with quiet_imports():
         roc_auc_score,
     )
     from ich_det2.evaluation.intervals import bootstrap_by_group
+    from ich_det2.inference.accelerate import BACKENDS
+    from ich_det2.inference.diagnoser import Diagnoser
+    from ich_det2.phantom import write_exam
 
 SIZES, RATIOS = [[32.0, 64.0, 128.0]], [[0.5, 1.0, 2.0]]
 # What glibc does with the memory of arrays of some megabytes; other C libraries do not read it.
@@ -110,6 +119,18 @@ def parse_args(argv=None):
     )
     read.add_argument("--memory", choices=HEAPS, help=argparse.SUPPRESS)  # of this process
     read.set_defaults(run=read_slices)
+    whole = commands.add_parser(
+        "diagnose", help="studies from files to scores, by DefaultPredictor"
+    )
+    default = "configs/csfrcnn_effnet_lite0.yaml"
+    whole.add_argument("--config-file", default=default, metavar="FILE")
+    whole.add_argument("--studies", type=int, default=3, help="of the phantom")
+    whole.add_argument("--slices", type=int, default=30, help="of a study")
+    whole.add_argument("--size", type=int, default=512, help="rows and columns, pixels")
+    whole.add_argument("--backends", nargs="+", default=["eager"], choices=BACKENDS)
+    whole.add_argument("--rounds", type=int, default=3, help="timed passes")
+    whole.add_argument("--threads", type=int, default=1)
+    whole.set_defaults(run=diagnose)
     feed = commands.add_parser("loader", help="the training loader, by number of workers")
     feed.add_argument("--data", type=Path, required=True, help="VOC tree with ImageSets")
     feed.add_argument("--config-file", default="configs/csfrcnn_r50.yaml", metavar="FILE")
@@ -415,6 +436,99 @@ class _Each:
     def __call__(self) -> None:
         for path in self.files:
             self.way(path)
+
+
+def diagnose(args) -> None:
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        studies = write_studies(folder / "studies", args.studies, args.slices, args.size)
+        cfg = untrained_run(args.config_file, folder / "run")
+        shipped = cfg.clone()
+        shipped.INPUT.MIN_SIZE_TEST, shipped.INPUT.MAX_SIZE_TEST = 800, 1333
+        scores: dict[str, dict[str, float]] = {}
+
+        def by_predictor(name: str, cfg):
+            predictor = DefaultPredictor(cfg)
+
+            def run() -> None:
+                found = scores[name] = {}
+                for path in sorted(path for study in studies for path in study.iterdir()):
+                    ds = pydicom.dcmread(path)
+                    (window,) = cfg.INPUT.WINDOWS
+                    grey = np.rint(255 * apply_window(apply_rescale(ds.pixel_array, ds), *window))
+                    image = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+                    instances = predictor(image)["instances"]
+                    found[ds.SOPInstanceUID] = float(instances.scores.max())
+
+            return run
+
+        def by_diagnoser(backend: str):
+            model = Diagnoser.load(
+                folder / "run", device="cpu", backend=backend, threads=args.threads
+            )
+
+            def run() -> None:
+                found = scores[f"ich_det2, {backend}"] = {}
+                for study in studies:
+                    for s in ich_det2.diagnose(study, model).slices:
+                        found[s.source.identity.sop_uid] = s.score
+
+            return run
+
+        ways = {
+            "DefaultPredictor as shipped, 800 px": by_predictor("shipped", shipped),
+            "DefaultPredictor": by_predictor("predictor", cfg),
+            **{f"ich_det2, {b}": by_diagnoser(b) for b in args.backends},
+        }
+        seconds = interleave(ways, args.rounds, 1, "cpu", clock=time.process_time)
+    for backend in args.backends:
+        own, wanted = scores[f"ich_det2, {backend}"], scores["predictor"]
+        differ = max(abs(own[uid] - score) for uid, score in wanted.items())
+        print(f"{backend}: largest difference of a slice's score {differ:.1e}")
+    n = args.studies * args.slices
+    each = {name: [s / n for s in times] for name, times in seconds.items()}
+    print(
+        f"{cpu_name()}, {args.threads} thread(s), torch {torch.__version__}; {args.config_file} of"
+        f" random weights, {args.studies} studies of {args.slices} slices of {args.size} px,"
+        f" {args.rounds} rounds; CPU-seconds a slice"
+    )
+    headers = ["", "median s", "min s", "ratio, median of pairs", "ratio of minima"]
+    rows = compare(each, "DefaultPredictor")
+    print(tabulate(rows, headers, floatfmt=".4f", tablefmt="github"))
+
+
+def write_studies(folder: Path, number: int, slices: int, size: int) -> list[Path]:
+    """Phantom studies of so many slices, those of an exam again and again at new places."""
+    studies = []
+    for i in range(number):
+        study = folder / str(i)
+        exam = [pydicom.dcmread(path) for path in write_exam(folder / "exam", seed=i, size=size)]
+        study.mkdir(parents=True)
+        for k in range(slices):
+            ds = exam[k % len(exam)]
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.{i}.{k + 1}"
+            x, y, _ = ds.ImagePositionPatient
+            ds.ImagePositionPatient, ds.InstanceNumber = [x, y, 5.0 * k], k + 1
+            ds.save_as(study / f"{k:03d}.dcm")
+        shutil.rmtree(folder / "exam")
+        studies.append(study)
+    return studies
+
+
+def untrained_run(config_file: str, folder: Path):
+    """What a training of a config would leave, of random weights; returns the config."""
+    anchors = ["MODEL.ANCHOR_GENERATOR.SIZES", str(SIZES)]
+    anchors += ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", str(RATIOS)]
+    cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *anchors])
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(folder), ()
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
+    (folder / "config.yaml").write_text(cfg.dump())
+    return cfg
 
 
 def loader(args) -> None:

@@ -116,3 +116,16 @@ def test_the_loader_is_measured(tool, capsys, full_tree, monkeypatch):
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line[0] == "|"][2:]
     assert [int(row[1]) for row in rows] == [0, 1]
     assert all(float(row[2]) > 0 for row in rows)
+
+
+def test_a_diagnosis_from_files_is_measured_against_detectron2s_predictor(
+    tool, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    sizes = ["--studies", "1", "--slices", "3", "--size", "64", "--rounds", "1"]
+    tool.diagnose(tool.parse_args(["diagnose", *sizes]))
+    out = capsys.readouterr().out
+    (differ,) = [line for line in out.splitlines() if line.startswith("eager: largest")]
+    assert float(differ.split()[-1]) < 1e-4
+    rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 4 and rows[2].count("1.0000") == 2
