@@ -69,7 +69,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="positive at this score and above (default: the model's operating point)",
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="slices in a batch (default: the config's)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="slices in a batch (default: the config's; 1 for PyTorch on a CPU)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="", help="default: a GPU if any"

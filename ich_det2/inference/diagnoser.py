@@ -172,7 +172,8 @@ class Diagnoser:
         Args:
             folder: as of :func:`load_run`.
             device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
-            batch_size: slices in a batch; ``TEST.BATCH_SIZE`` if None.
+            batch_size: slices in a batch; if None, 1 for PyTorch on a CPU, where more cost more of
+                its time for each slice, else ``TEST.BATCH_SIZE``.
             backend: engine of the dense parts on a CPU, of ``accelerate.BACKENDS``.
             threads: of the network on a CPU; PyTorch's choice if None (of another backend 1).
 
@@ -196,13 +197,14 @@ class Diagnoser:
             ) from error
         _check_weights(model, weights)
         model = accelerate(model, backend, threads or 1)
+        plain = backend == "eager" and cfg.MODEL.DEVICE == "cpu"
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
         smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
         return cls(
             model,
             IchDatasetMapper(cfg, is_train=False),
-            batch_size=batch_size or cfg.TEST.BATCH_SIZE,
+            batch_size=batch_size or (1 if plain else cfg.TEST.BATCH_SIZE),
             classes=cfg.DATASETS.ICH_CLASSES,
             threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
             patient_rule=patient_rule,
@@ -246,13 +248,13 @@ class Diagnoser:
         yield from self._detect(waiting)
 
     def _read_ahead(self, slices: Iterable[Slice]) -> Iterator[dict | ValueError]:
-        """Mapped inputs in order, decoded by threads at most two batches ahead."""
+        """Mapped inputs in order, decoded by threads a few slices or two batches ahead."""
         pool = ThreadPoolExecutor(_READERS)
         try:
             pending = deque()
             for entry, crop in self._with_crops(slices):
                 pending.append(pool.submit(self._read, entry, crop))
-                if len(pending) > 2 * self.batch_size:
+                if len(pending) > max(2 * self.batch_size, _READERS):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
