@@ -5,15 +5,15 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
+import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-from ich_det2.inference import archive
 from ich_det2.inference.archive import Job, Settings, diagnose_archive, read_manifest
 from ich_det2.phantom import write_exam
 
@@ -128,42 +128,29 @@ def test_dicom_objects_of_each_study(jobs, settings, tmp_path):
     assert len(list(objects.rglob("*.dcm"))) == 3
 
 
-def lethal(job):
-    """Kills its process at one study, once."""
-    mark = Path(os.environ["ICH_TEST_MARK"])
-    if job.name == "s1" and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Lethal(archive.Reader):
-    def __call__(self, job):
-        lethal(job)
-        return super().__call__(job)
-
-
-def lethal_read(job):
-    lethal(job)
-    return archive._reader(job)
-
-
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=needs_ray)])
 def test_two_workers_give_what_one_gives_and_a_lost_one_costs_no_study(
-    jobs, settings, tmp_path, monkeypatch, engine
+    jobs, settings, tmp_path, engine
 ):
     diagnose_archive(jobs, settings(output=str(tmp_path / "one")))
-    monkeypatch.setenv("ICH_TEST_MARK", str(tmp_path / "killed"))
-    # Workers import this file by its name.
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(REPO)]))
-    import test_archive
-
-    monkeypatch.setattr(archive, "_read", test_archive.lethal_read)
-    monkeypatch.setattr(archive, "Reader", test_archive.Lethal)
-    diagnose_archive(jobs, settings(), engine=engine, workers=2)
+    (tmp_path / "jobs.json").write_text(json.dumps([[job.name, job.paths] for job in jobs]))
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(settings())))
+    here = Path(__file__).parent
+    files = [str(tmp_path / "jobs.json"), str(tmp_path / "settings.json")]
+    told = subprocess.run(
+        [sys.executable, str(here / "lethal.py"), *files, engine],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(here), str(REPO)]),
+            "ICH_TEST_MARK": str(tmp_path / "killed"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert told.returncode == 0, told.stderr[-3000:]
     assert (tmp_path / "killed").exists()
     assert table(tmp_path / "out") == table(tmp_path / "one")
-    sys.modules.pop("test_archive")
 
 
 def test_ray_that_is_not_there_is_named(jobs, settings, monkeypatch):
