@@ -58,6 +58,7 @@ with quiet_imports():
     from ich_det2.engine.anchors import anchor_settings
     from ich_det2.engine.checks import thaw_without_weights
     from ich_det2.engine.config import dataset_settings, load_config
+    from ich_det2.engine.run_folder import RunFolder
     from ich_det2.evaluation.diagnosis import (
         confusion_at_thresholds,
         diagnosis_metrics,
@@ -525,9 +526,10 @@ def untrained_run(config_file: str, folder: Path):
     folder.mkdir()
     torch.manual_seed(0)
     model = build_model(cfg)
-    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
-    torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
-    (folder / "config.yaml").write_text(cfg.dump())
+    run = RunFolder(folder)
+    cfg.MODEL.WEIGHTS = str(run.final)
+    torch.save({"model": model.state_dict()}, run.final)
+    run.config.write_text(cfg.dump())
     return cfg
 
 

@@ -16,6 +16,7 @@ Ctrl-C and SIGTERM save a checkpoint; the same command with --resume goes on fro
 another schedule or batch. Without a GPU, --num-gpus N runs N processes on the CPU.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -41,7 +42,7 @@ with quiet_imports():
     from ich_det2.engine.operating_point import find_operating_point
     from ich_det2.engine.report import write_reports
     from ich_det2.engine.run_folder import RunFolder
-    from ich_det2.engine.signals import Interrupted, on_signals
+    from ich_det2.engine.signals import Interrupted, interrupts, on_signals
 
 
 def train(args, cfg, stopped=None) -> dict:
@@ -61,14 +62,15 @@ def train(args, cfg, stopped=None) -> dict:
         return evaluate(args, cfg)
     run = RunFolder(cfg.OUTPUT_DIR)
     resume = args.resume and run.checkpoint() is not None
-    if comm.is_main_process() and not resume:
-        run.begin(cfg)
-    comm.synchronize()
-    set_up(args, cfg)
-    trainer = IchTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if comm.is_main_process() and resume:
-        run.note_resumed(cfg, trainer.start_iter)
+    with interrupts() if stopped is None else contextlib.nullcontext():
+        if comm.is_main_process() and not resume:
+            run.begin(cfg)
+        comm.synchronize()
+        set_up(args, cfg)
+        trainer = IchTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        if comm.is_main_process() and resume:
+            run.note_resumed(cfg, trainer.start_iter)
     try:
         trainer.train()
     except Interrupted as stop:

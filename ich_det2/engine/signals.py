@@ -112,6 +112,22 @@ def on_signals(handle: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Raises :class:`Interrupted` where SIGINT or SIGTERM comes, and once more at the end of the
+    block, since libraries swallow what they call all errors."""
+    received: list[int] = []
+
+    def interrupt(number: int) -> None:
+        received.append(number)
+        raise Interrupted(number)
+
+    with on_signals(interrupt):
+        yield
+    if received:
+        raise Interrupted(received[0])
+
+
+@contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Holds SIGINT and SIGTERM back, in processes that are forked meanwhile too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
