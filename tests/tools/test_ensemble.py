@@ -16,6 +16,7 @@ SMALL = (
     *("SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "0"),
     *("TEST.DIAGNOSIS.RESAMPLES", "20", "TEST.DIAGNOSIS.SMOOTHING", "[]"),
     *("INPUT.SKULL_MASK", "False", "INPUT.DENSITY", "False"),  # alike for all members
+    *("INPUT.ASYMMETRY", "False"),
 )
 
 
