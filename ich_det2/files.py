@@ -55,6 +55,17 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def nested(folder: str | Path, others: Iterable[str | Path]) -> Path | None:
+    """The first of other paths that lies in a folder, or that the folder lies in; None if they are
+    all apart. Neither needs to be there."""
+    folder = Path(folder).resolve()
+    for other in others:
+        path = Path(other).resolve()
+        if path.is_relative_to(folder) or folder.is_relative_to(path) and not path.is_file():
+            return path
+    return None
+
+
 CLUTTER = frozenset(
     "thumbs.db ehthumbs.db desktop.ini __macosx $recycle.bin lost+found @eadir #recycle".split()
 ) | {"system volume information"}

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ich_det2.files import replace_folder, walk, write_atomically
+from ich_det2.files import nested, replace_folder, walk, write_atomically
 
 
 def test_text_is_utf8_with_newlines_as_written(tmp_path):
@@ -103,3 +103,16 @@ def test_walk_stays_in_its_folder(tmp_path):
         walk(root / "b")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         walk(root / "none")
+
+
+def test_folders_that_lie_in_one_another(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    a, b, c = tmp_path / "a", tmp_path / "a/b", tmp_path / "c"
+    assert nested(a, [c, b]) == b and nested(b, [c, a]) == a and nested(a, [a]) == a
+    assert nested(a, [c, tmp_path / "ab"]) is None and nested(c, []) is None
+    assert nested(tmp_path / "link/b", [a]) == a
+    # Beside a file, but not in it; in a folder that is not there yet.
+    assert nested(a, [a / "file"]) == a / "file" and nested(a / "file" / "x", [a / "file"]) is None
+    assert nested(c / "new", [c]) == c

@@ -66,7 +66,7 @@ with quiet_imports():
         roc_auc_score,
     )
     from ich_det2.evaluation.intervals import bootstrap_by_group
-    from ich_det2.inference.accelerate import BACKENDS
+    from ich_det2.inference import BACKENDS
     from ich_det2.inference.diagnoser import Diagnoser
     from ich_det2.phantom import write_exam
 

@@ -28,9 +28,7 @@ from rich.table import Table
 
 from ich_det2.cli import guard
 from ich_det2.dicom_out import KINDS, SR_CLASSES
-
-BACKENDS = ("eager", "onnxruntime", "openvino")
-ENGINES = ("local", "ray")
+from ich_det2.inference import BACKENDS, ENGINES
 
 MAX_NOTES = 20
 """Lines of notes on the terminal; all are in the files."""

@@ -37,8 +37,7 @@ from .codes import (
 from .equipment import algorithm, device, observer, series_attributes
 from .study import Finding, StudyDiagnosis
 
-SR_CLASSES = {"3d": Comprehensive3DSR, "comprehensive": ComprehensiveSR}
-"""IHE AI Results asks for Comprehensive 3D SR; some viewers read Comprehensive SR alone."""
+_CLASSES = {"3d": Comprehensive3DSR, "comprehensive": ComprehensiveSR}
 
 MAX_FINDINGS = 100
 """Boxes in a report, the strongest: viewers choke on hundreds. The text says how many there are."""
@@ -52,7 +51,7 @@ def build_report(
 
     Args:
         study: to report.
-        sr_class: of ``SR_CLASSES``.
+        sr_class: "3d" or "comprehensive".
         previous: reports of the same study that this one takes the place of.
     """
     shown = study.findings[:MAX_FINDINGS]
@@ -67,7 +66,7 @@ def build_report(
     if not groups:
         del content.ContentSequence[-1]
     content.ContentSequence.append(_verdict(study, len(shown)))
-    return SR_CLASSES[sr_class](
+    return _CLASSES[sr_class](
         evidence=study.headers,
         content=content,
         **series_attributes(study, "sr", part=sr_class),

@@ -147,11 +147,24 @@ class StudyDiagnosis:
         return list(self._headers.values())
 
     def uid(self, *what: str | int) -> str:
-        """A UID that is the same whenever the same model says the same of the same images, so that
-        an object which is sent twice is one object (PS3.5, B.2)."""
+        """A UID that is the same whenever the same model says the same of the same images of the
+        same patient, so that an object which is sent twice is one object (PS3.5, B.2), and one that
+        says anything else, such as of a corrected Patient ID, is another."""
         model = self.diagnosis.model.get("sha256", "")
         images = sorted(f"{s.source.identity.sop_uid}#{s.source.frame}" for s in self.slices)
-        told = (__version__, model, repr(self.diagnosis.threshold), self.n_lost, *images, *what)
+        whose = [str(self.headers[0].get(keyword, "")) for keyword in _TYPE_2]
+        # As engines round alike.
+        found = [f"{f.source.source.identity.sop_uid} {f.score:.3f}" for f in self.findings]
+        told = (
+            __version__,
+            model,
+            repr(self.diagnosis.threshold),
+            self.sentence,
+            *whose,
+            *images,
+            *sorted(found),
+            *what,
+        )
         digest = hashlib.sha256("\n".join(map(str, (self.study_uid, *told))).encode()).digest()
         return f"2.25.{uuid.UUID(bytes=digest[:16], version=5).int}"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydicom import Dataset
 
-from ..files import replace_folder
+from ..files import nested, replace_folder
 from ..version import __version__
 from .study import NOTICE, StudyDiagnosis, studies
 
@@ -144,13 +144,11 @@ def check_dicom_output(
             "DICOM objects need highdicom, which is not installed; pip install 'ich_det2[dicom]'."
         )
     output = Path(folder)
-    resolved = output.resolve()
-    for path in (Path(p).resolve() for p in inputs):
-        if resolved.is_relative_to(path) and not path.is_file() or path.is_relative_to(resolved):
-            raise ValueError(
-                f"The folder of DICOM objects {output} and {path.name} lie in one another, so that"
-                " one would be taken for a part of the other; give a folder elsewhere."
-            )
+    if path := nested(output, inputs):
+        raise ValueError(
+            f"The folder of DICOM objects {output} and {path.name} lie in one another, so that one"
+            " would be taken for a part of the other; give a folder elsewhere."
+        )
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; give a new folder for the DICOM objects.")
     if output.is_dir() and any(output.iterdir()) and not (force and (output / INDEX).is_file()):

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 from torchvision.ops import box_iou
 
-BACKENDS = ("eager", "onnxruntime", "openvino")
-"""``eager`` is PyTorch as it is."""
+from . import BACKENDS
 
 TOLERANCE, TOLERANCE_OF_DEEP = 1e-5, 1e-3
 """How far scores may differ; of networks of bottleneck blocks, such as ResNet50, whose values of up
@@ -36,7 +35,7 @@ def accelerate(model: nn.Module, backend: str, threads: int = 1) -> nn.Module:
 
     Args:
         model: a ``GeneralizedRCNN`` on the CPU, or an ensemble of them.
-        backend: of ``BACKENDS``.
+        backend: of ``inference.BACKENDS``.
         threads: of the engine.
 
     Returns:

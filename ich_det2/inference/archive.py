@@ -16,13 +16,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ..dicom_out import check_dicom_output, write_dicom
-from ..files import sha256, write_atomically, write_csv
+from ..files import nested, sha256, write_atomically, write_csv
 from ..version import __version__
+from . import ENGINES
 from .api import diagnose
 from .diagnoser import Diagnoser, load_run
 from .results import Diagnosis
 
-ENGINES = ("local", "ray")
 FIELDS = (
     *("study", "status", "patients", "n_slices", "n_slices_failed", "n_positive_slices"),
     *("score", "verdict", "complete", "error"),
@@ -177,13 +177,11 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
         ValueError: it holds something else, or results of other settings.
     """
     cfg, weights = load_run(settings.model, device=settings.device)
-    resolved = output.resolve()
-    for path in (Path(p).resolve() for job in jobs for p in job.paths):
-        if resolved.is_relative_to(path) or path.is_relative_to(resolved):
-            raise ValueError(
-                f"--output {output} and the study {path.name} lie in one another; give a folder"
-                " elsewhere."
-            )
+    if path := nested(output, (path for job in jobs for path in job.paths)):
+        raise ValueError(
+            f"--output {output} and the study {path.name} lie in one another; give a folder"
+            " elsewhere."
+        )
     own = {k: v for k, v in asdict(settings).items() if k not in _ANY}
     own |= {
         "version": __version__,

@@ -174,7 +174,7 @@ class Diagnoser:
             device: "cpu" or "cuda" in place of ``MODEL.DEVICE``.
             batch_size: slices in a batch; if None, 1 for PyTorch on a CPU, where more cost more of
                 its time for each slice, else ``TEST.BATCH_SIZE``.
-            backend: engine of the dense parts on a CPU, of ``accelerate.BACKENDS``.
+            backend: engine of the dense parts on a CPU, of ``inference.BACKENDS``.
             threads: of the network on a CPU; PyTorch's choice if None (of another backend 1).
 
         Raises:

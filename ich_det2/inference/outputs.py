@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..evaluation.predictions import RAW_SCORE
-from ..files import replace_folder, write_atomically, write_csv
+from ..files import nested, replace_folder, write_atomically, write_csv
 from .results import (
     KEY_FIELDS,
     NOTE_FIELDS,
@@ -67,12 +67,11 @@ def check_outputs(
     """
     output = Path(folder)
     resolved = output.resolve()
-    for path in (Path(p).resolve() for p in inputs):
-        if resolved.is_relative_to(path) and path.is_dir() or path.is_relative_to(resolved):
-            raise ValueError(
-                f"--output {output} and the input {path.name} lie in one another, so a later run "
-                "would take results for images; give a folder elsewhere."
-            )
+    if path := nested(output, inputs):
+        raise ValueError(
+            f"--output {output} and the input {path.name} lie in one another, so a later run "
+            "would take results for images; give a folder elsewhere."
+        )
     if key is not None:
         _check_key(Path(key), resolved, force)
     if output.exists() and not output.is_dir():

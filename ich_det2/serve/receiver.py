@@ -146,7 +146,7 @@ class Receiver:
             raise Refused(OUT_OF_RESOURCES, "size", "instance larger than receive.max_instance_mb")
         study, uid = self._identify(event, content)
         digest = hashlib.sha256(content).hexdigest()
-        # One at a time for each study, or two copies of an instance could both be the first.
+        # One at a time, or two copies of an instance could both be the first.
         with self._lock:
             known = self._journal.instance(uid)
             if known and known[0] != study:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pydicom
 
-from ..dicom_out import build_objects, studies
+from ..dicom_out import KINDS, build_objects, studies
 from ..inference.api import diagnose
 from ..inference.diagnoser import Diagnoser
 from ..inference.results import Diagnosis
@@ -109,12 +109,7 @@ class Worker:
         reach("detected")
         expected = journal.study(study.uid).expected
         diagnosis = _with_missing(diagnosis, len(journal.instances(study.uid)), expected)
-        kinds = sorted({kind for d in cfg.send for kind in d.objects}) or [
-            "gsps",
-            "kos",
-            "sc",
-            "sr",
-        ]
+        kinds = [k for k in KINDS if not cfg.send or any(k in d.objects for d in cfg.send)]
         previous = [pydicom.dcmread(p) for p in journal.last_reports(study.uid, study.version)]
         place = cfg.root / "results" / study.uid
         objects, verdicts, complete = [], [], True

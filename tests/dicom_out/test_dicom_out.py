@@ -217,9 +217,22 @@ def test_the_same_answer_has_the_same_uids_and_another_has_others(phantom):
     diagnosis = look([phantom], 0.9, 0.1)
     other = replace(diagnosis, model={**diagnosis.model, "sha256": "cd" * 32})
     assert not {*once} & {*uids(other)}
+    slices = (replace(diagnosis.slices[0], scores=diagnosis.slices[0].scores - 0.01),)
+    moved = replace(diagnosis, slices=slices + diagnosis.slices[1:])
+    assert not {*once} & {*uids(moved)}
     lost = replace(diagnosis.patients[0], n_slices_failed=1)
     assert not {*once} & {*uids(replace(diagnosis, patients=(lost,)))}
     assert once[0] not in uids(diagnosis, sr_class="comprehensive")
+
+
+def test_a_corrected_patient_has_objects_of_his_own(phantom, tmp_path):
+    folder = tmp_path / "corrected"
+    shutil.copytree(phantom, folder)
+    for path in folder.iterdir():
+        ds = pydicom.dcmread(path)
+        ds.PatientID = "CORRECTED"
+        ds.save_as(path)
+    assert not {*uids(look([phantom], 0.9))} & {*uids(look([folder], 0.9))}
 
 
 def test_a_new_report_names_the_one_that_it_takes_the_place_of(phantom):

@@ -123,6 +123,10 @@ def test_a_slice_that_was_changed_at_its_source_takes_the_place_of_the_first(
     paths = one.journal.instances("1.2.3.1")
     assert len(paths) == 4 == len(list(Path(paths[0]).parent.iterdir()))
     assert {pydicom.dcmread(p).PatientID for p in paths} == {"CORRECTED"}
+    # The PACS gets a report of whom the study is now of, in place of the first.
+    first, second = pacs.reports()
+    assert (first.PatientID, second.PatientID) == ("PID1", "CORRECTED")
+    assert "PredecessorDocumentsSequence" in second
 
 
 def test_a_study_that_cannot_be_diagnosed_fails_in_sight_and_is_tried_again(
