@@ -86,7 +86,8 @@ def settings(tmp_path, pacs):
         content = {
             "root": str(tmp_path / "node"),
             "receive": {"port": 0, "min_free_mb": 0, "timeout_s": 10},
-            "complete": {"quiet_s": 0.5},
+            # Longer than a busy machine pauses between two slices, or halves would be answered too.
+            "complete": {"quiet_s": 1.5},
             "send": [
                 {
                     "name": "pacs",

@@ -73,7 +73,7 @@ def main(folder, slices):
     node = {
         "root": str(folder / "node"),
         "receive": {"port": NODE, "min_free_mb": 0, "calling_ae_titles": ["ORTHANC"]},
-        "complete": {"quiet_s": 1, "qido": f"{BASE}/dicom-web", "wait_s": 30},
+        "complete": {"quiet_s": 3, "qido": f"{BASE}/dicom-web", "wait_s": 30},
         "send": send,
         "http": {"port": 0},
     }
@@ -116,13 +116,13 @@ def main(folder, slices):
         wait_for(give)
         wait_for(kinds)
         reconciled.append(reconcile())
-        time.sleep(3)  # for anything more that might come
+        time.sleep(6)  # for anything more that might come
         first = series()
         images = [s for s in ask(f"/studies/{study}")["Series"]]
         data = json.dumps({"Resources": images[:1], "Synchronous": True}).encode()
         before = ask("/statistics")["CountInstances"]
         ask("/modalities/ich/store", data)
-        time.sleep(4)
+        time.sleep(6)
         found = {
             "reconciled": reconciled,
             "first": first,

@@ -167,7 +167,7 @@ def test_a_pacs_that_is_down_or_refuses_gets_it_later(node, pacs, study, wire, f
 
 
 def test_twenty_associations_at_once(node, pacs, study, wire):
-    one = node()
+    one = node(complete={"quiet_s": 5})  # they send by turns
     with ThreadPoolExecutor(20) as pool:
         numbers = range(1, 21)
         told = list(pool.map(lambda i: wire.send(one.receiver.port, study(i)), numbers))
