@@ -14,6 +14,12 @@ with other settings or data than the record's is written to OUTPUT_DIR/what_if/<
 
 Ctrl-C and SIGTERM save a checkpoint; the same command with --resume goes on from it, also with
 another schedule or batch. Without a GPU, --num-gpus N runs N processes on the CPU.
+
+torchrun and srun (SLURM) start it too, then without --num-gpus: rank and number of the processes
+are the environment's. With --resume from the start, a job that is started again goes on:
+
+    torchrun --nproc-per-node 8 --max-restarts 3 tools/train_net.py --resume --config-file ...
+    srun --ntasks-per-node 8 --gpus-per-node 8 python tools/train_net.py --resume --config-file ...
 """
 
 import contextlib
@@ -39,6 +45,7 @@ with quiet_imports():
     from ich_det2.engine import IchCheckpointer, IchTrainer
     from ich_det2.engine.checks import check_config, check_processes
     from ich_det2.engine.config import dataset_settings, load_config
+    from ich_det2.engine.launched import Launched
     from ich_det2.engine.operating_point import find_operating_point
     from ich_det2.engine.report import write_reports
     from ich_det2.engine.run_folder import RunFolder
@@ -122,16 +129,21 @@ def run(args) -> int:
     Raises:
         FileNotFoundError, ValueError: one sentence with the remedy.
     """
-    processes = args.num_gpus * args.num_machines
-    with log_to_terminal():
-        check_processes(args.num_gpus, args.num_machines, args.machine_rank)
+    launched = Launched.from_environment()
+    is_first = launched is None or launched.rank == 0
+    processes = args.num_gpus * args.num_machines if launched is None else launched.world_size
+    with log_to_terminal() if is_first else contextlib.nullcontext():
+        check_processes(args.num_gpus, args.num_machines, args.machine_rank, launched)
         cfg = load_config(args.config_file, args.opts)
         if not (args.resume or args.eval_only):
             RunFolder(cfg.OUTPUT_DIR).check_free()
         check_config(cfg, eval_only=args.eval_only, resume=args.resume, num_processes=processes)
     cfg.freeze()
     try:
-        if processes == 1:
+        if launched is not None:
+            launched.join()  # behind the checks of all, and before anything is written
+            train(args, cfg)
+        elif processes == 1:
             train(args, cfg)
         else:
             launch_all(args, cfg)
@@ -146,7 +158,9 @@ def run(args) -> int:
             )
         else:
             left = "nothing was trained yet."
-        print(f"train_net.py: stopped by {signal.Signals(number).name}; {left}", file=sys.stderr)
+        if is_first:
+            name = signal.Signals(number).name
+            print(f"train_net.py: stopped by {name}; {left}", file=sys.stderr)
         return 128 + number
     return 0
 

@@ -32,6 +32,7 @@ from .config import (
     is_retinanet,
     load_config,
 )
+from .launched import Launched
 from .operating_point import check_operating_point
 from .partitions import ROLES, overlaps
 from .run_folder import RunFolder, in_words
@@ -218,12 +219,23 @@ def _is_number(value) -> bool:
     return number and math.isfinite(value)
 
 
-def check_processes(num_gpus: int, num_machines: int, machine_rank: int) -> None:
-    """The number of processes that a command line asks for.
+def check_processes(
+    num_gpus: int, num_machines: int, machine_rank: int, launched: Launched | None = None
+) -> None:
+    """The number of processes that a command line asks for, or that a launcher has started.
 
     Raises:
         ValueError: if it cannot be had.
     """
+    if launched is not None:
+        if (num_gpus, num_machines, machine_rank) != (1, 1, 0):
+            raise ValueError(
+                f"--num-gpus is {num_gpus}, --num-machines {num_machines}, --machine-rank"
+                f" {machine_rank}, but {launched.by} has started {launched.world_size} processes;"
+                " leave these out."
+            )
+        launched.check()
+        return
     if num_gpus < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise ValueError(
             f"--num-gpus is {num_gpus}, --num-machines {num_machines}, --machine-rank"

@@ -1,11 +1,15 @@
 """The command line: real runs, and one sentence with exit code 2 for what cannot run."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +106,79 @@ def test_two_processes_on_the_cpu_train_and_score_each_image_once(full_tree, tmp
     assert (out / "log.txt.rank1").is_file()
     scores = (out / "inference/ich_test/image_scores.csv").read_text().splitlines()[1:]
     assert [line.split(",")[0] for line in scores] == ["g", "h"]
+
+
+def losses(out):
+    rows = map(json.loads, (out / "metrics.json").read_text().splitlines())
+    return [row["total_loss"] for row in rows if "total_loss" in row]
+
+
+def test_torchrun_and_srun_train_as_num_gpus_does(full_tree, tmp_path):
+    root, script = full_tree(), str(ROOT / "tools/train_net.py")
+    run("--num-gpus", "2", "--dist-url", "auto", *args(root, tmp_path / "own"))
+    expected = torch.load(tmp_path / "own/model_final.pth", weights_only=True)["model"]
+
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", script, *args(root, tmp_path / "torchrun")]
+    done = subprocess.run(torchrun, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    step = {
+        **{"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"},
+        **{"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)},
+    }
+    argv = [sys.executable, "-W", "ignore", script, *args(root, tmp_path / "srun")]
+    tasks = [
+        subprocess.Popen(
+            argv,
+            env={**env, **step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [task.communicate(timeout=600)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    for name in ("torchrun", "srun"):
+        assert (tmp_path / name / "log.txt.rank1").is_file()
+        assert losses(tmp_path / name) == losses(tmp_path / "own")
+        found = torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+
+
+def test_torchrun_starts_a_killed_rank_again_and_goes_on(full_tree, tmp_path):
+    out = tmp_path / "out"
+    opts = ("SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD", "5", "TEST.EVAL_PERIOD", "0")
+    argv = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    argv += ["--nproc-per-node", "2", "--max-restarts", "1", str(ROOT / "tools/train_net.py")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    base = args(full_tree(), out, *opts)
+    with open(tmp_path / "stderr.txt", "w") as said:
+        process = subprocess.Popen(
+            [*argv, "--resume", *base], env=env, stderr=said, stdout=subprocess.DEVNULL
+        )
+        while not (out / "last_checkpoint").exists():
+            assert process.poll() is None, (tmp_path / "stderr.txt").read_text()
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [pid for pid in children if "train_net.py" in command_of(pid)]
+        assert len(ranks) == 2
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        assert process.wait(timeout=600) == 0, (tmp_path / "stderr.txt").read_text()
+    assert "Starting training from iteration" in (out / "log.txt").read_text().split("Rank of")[-1]
+    whole = tmp_path / "whole"
+    run("--num-gpus", "2", "--dist-url", "auto", *args(full_tree(), whole, *opts))
+    a, b = (torch.load(f / "model_final.pth", weights_only=True)["model"] for f in (out, whole))
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def test_train_resume_evaluate_the_papers_config_on_dicom(full_tree, tmp_path):
