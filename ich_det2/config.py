@@ -126,6 +126,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # In the test each box that NMS leaves becomes the mean, by scores, of all boxes of its class
     # that overlap it by this IoU; of the same heads, but for a cascade. 0: off.
     cfg.MODEL.ROI_HEADS.VOTE_THRESH_TEST = 0.0
+    # In the test, how often CostSensitiveROIHeads are shown their own boxes again as proposals; the
+    # scores stay those of the RPN's. 0: off.
+    cfg.MODEL.ROI_HEADS.REFINE_TEST = 0
 
     # ---- timm backbones (build_timm_backbone) ------------------------------------------------
     cfg.MODEL.TIMM = CN()

@@ -1,4 +1,5 @@
-"""Cost-sensitive second stage, and boxes by a vote: extensions beyond the paper, off by default."""
+"""Cost-sensitive second stage, boxes that are refined, and by a vote: extensions beyond the paper, off
+by default."""
 
 import math
 
@@ -13,6 +14,7 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.structures import Boxes, Instances
 from torchvision.ops import box_iou
 
 
@@ -156,7 +158,71 @@ class CostSensitiveMixin:
 
 @ROI_HEADS_REGISTRY.register()
 class CostSensitiveROIHeads(CostSensitiveMixin, StandardROIHeads):
-    """:class:`StandardROIHeads`, also on an FPN, with ``MODEL.ROI_HEADS.COST.ALPHA``."""
+    """:class:`StandardROIHeads`, also on an FPN, with ``MODEL.ROI_HEADS.COST.ALPHA``.
+
+    In the test boxes may be refined: what the second stage makes of a proposal is shown to it again
+    as a proposal (iterative localization, Gidaris and Komodakis 2015, arXiv:1505.01749, section 4).
+    The scores remain those of the RPN's proposals, which it has learnt to score.
+    """
+
+    @configurable
+    def __init__(self, *, test_refinements: int = 0, **kwargs):
+        """
+        Args:
+            test_refinements: how often a box is refined in the test, >= 0; 0 is stock.
+            kwargs: arguments of :class:`StandardROIHeads`.
+
+        Raises:
+            ValueError: if the number is below 0.
+        """
+        super().__init__(**kwargs)
+        if test_refinements < 0:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.REFINE_TEST is {test_refinements}, expected 0 or more."
+            )
+        self.test_refinements = test_refinements
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        refinements = cfg.MODEL.ROI_HEADS.REFINE_TEST
+        return {**super().from_config(cfg, input_shape), "test_refinements": refinements}
+
+    def _forward_box(self, features, proposals):
+        """As :meth:`StandardROIHeads._forward_box`."""
+        if self.training or self.test_refinements == 0:
+            return super()._forward_box(features, proposals)
+        maps = [features[name] for name in self.box_in_features]
+
+        def predict(proposals):
+            pooled = self.box_pooler(maps, [x.proposal_boxes for x in proposals])
+            return self.box_predictor(self.box_head(pooled))
+
+        scores, deltas = predict(proposals)
+        for _ in range(self.test_refinements):
+            proposals, kept = self._as_proposals((scores, deltas), proposals)
+            scores, deltas = scores[kept], deltas[kept]
+            if not len(scores):
+                break
+            _, deltas = predict(proposals)
+        return self.box_predictor.inference((scores, deltas), proposals)[0]
+
+    def _as_proposals(self, predictions, proposals) -> tuple[list[Instances], torch.Tensor]:
+        """The predicted boxes, each of its likeliest class, as proposals; and bool (R,), of which of
+        all R proposals: what is scored too low to be found is left out."""
+        predictor, moved, kept = self.box_predictor, [], []
+        boxes = predictor.predict_boxes(predictions, proposals)
+        for every, probs, before in zip(
+            boxes, predictor.predict_probs(predictions, proposals), proposals
+        ):
+            every = every.view(len(every), every.shape[1] // 4, 4).expand(-1, self.num_classes, 4)
+            score, k = probs[:, : self.num_classes].max(dim=1)
+            own = every[torch.arange(len(k), device=k.device), k]
+            good = own.isfinite().all(dim=1) & (score > predictor.test_score_thresh)
+            refined = Instances(before.image_size, proposal_boxes=Boxes(own[good]))
+            refined.proposal_boxes.clip(before.image_size)
+            moved.append(refined)
+            kept.append(good)
+        return moved, torch.cat(kept)
 
 
 @ROI_HEADS_REGISTRY.register()

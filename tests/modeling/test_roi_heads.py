@@ -232,3 +232,79 @@ def test_no_proposal_has_no_vote():
 def test_bad_threshold_of_the_vote_is_an_error(threshold):
     with pytest.raises(ValueError, match="VOTE_THRESH_TEST is"):
         layers(1.0, test_vote_thresh=threshold)
+
+
+# ---- refinement ----------------------------------------------------------------------------------
+
+
+def refining(tiny_cfg, times, num_classes=1):
+    """Heads that move each box by half of its width to the right; with two classes, that shift
+    those of the second down instead. Its scores depend on where a box lies."""
+    heads = build(
+        tiny_cfg, "CostSensitiveROIHeads", "stride16",
+        "MODEL.ROI_HEADS.REFINE_TEST", times, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes,
+        "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.05,
+    ).eval()  # fmt: skip
+    predictor = heads.box_predictor
+    with torch.no_grad():
+        predictor.bbox_pred.weight.zero_()
+        predictor.bbox_pred.bias.zero_()
+        predictor.bbox_pred.bias[0] = 5.0  # in tenths of the width
+        if num_classes == 2:
+            predictor.bbox_pred.bias[5] = 10.0  # in tenths of the height
+    return heads
+
+
+def found_by(heads, *boxes):
+    torch.manual_seed(2)
+    features = {"stride16": torch.randn(len(boxes), 16, 4, 4)}
+    proposals = [
+        Instances((64, 64), proposal_boxes=Boxes(torch.tensor(b).reshape(-1, 4))) for b in boxes
+    ]
+    for p in proposals:
+        p.objectness_logits = torch.zeros(len(p))
+    images = ImageList(torch.zeros(len(boxes), 3, 64, 64), [(64, 64)] * len(boxes))
+    with torch.no_grad():
+        return heads(images, features, proposals)[0]
+
+
+def test_a_box_is_refined_that_often_and_keeps_its_score(tiny_cfg):
+    boxes = [[[4.0, 4.0, 12.0, 20.0], [40.0, 8.0, 56.0, 24.0]], []]
+    first, none = found_by(refining(tiny_cfg, 0), *boxes)
+    assert len(none) == 0 and len(first) == 2
+    assert first.scores[0] != first.scores[1]
+    for times, shift in ((1, 2), (2, 3)):
+        found, none = found_by(refining(tiny_cfg, times), *boxes)
+        assert len(none) == 0
+        assert torch.equal(found.scores, first.scores)
+        moved = {tuple(box) for box in found.pred_boxes.tensor.tolist()}
+        # By half of 8 a time; the other is cut off at the edge, and half of what is left.
+        assert (4.0 + 4 * shift, 4.0, 12.0 + 4 * shift, 20.0) in moved
+        assert {(48.0, 8.0, 64.0, 24.0), (56.0, 8.0, 64.0, 24.0), (60.0, 8.0, 64.0, 24.0)} & moved
+
+
+def test_a_box_is_refined_as_its_likeliest_class(tiny_cfg):
+    heads = refining(tiny_cfg, 1, num_classes=2)
+    with torch.no_grad():
+        heads.box_predictor.cls_score.weight.zero_()
+        heads.box_predictor.cls_score.bias[:] = torch.tensor([1.0, 2.0, 0.0])
+    (found,) = found_by(heads, [[4.0, 4.0, 12.0, 12.0]])
+    boxes = dict(zip(found.pred_classes.tolist(), found.pred_boxes.tensor.tolist()))
+    # Down by a height as the second; then each by its own class's.
+    assert boxes == {0: [8.0, 12.0, 16.0, 20.0], 1: [4.0, 20.0, 12.0, 28.0]}
+
+
+def test_what_is_scored_too_low_is_not_refined(tiny_cfg):
+    heads, seen = refining(tiny_cfg, 2), []
+    head = heads.box_head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    with torch.no_grad():
+        heads.box_predictor.cls_score.weight.zero_()
+        heads.box_predictor.cls_score.bias[:] = torch.tensor([-9.0, 9.0])
+    (found,) = found_by(heads, [[4.0, 4.0, 12.0, 12.0]])
+    assert len(found) == 0 and seen == [1]
+    head.remove()
+
+
+def test_refinements_are_counted_from_zero(tiny_cfg):
+    with pytest.raises(ValueError, match="REFINE_TEST is -1, expected 0 or more"):
+        refining(tiny_cfg, -1)
