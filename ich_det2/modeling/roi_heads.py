@@ -1,5 +1,4 @@
-"""Cost-sensitive second stage, boxes that are refined, and by a vote: extensions beyond the paper, off
-by default."""
+"""Cost-sensitive second stage, and boxes refined and voted on: beyond the paper, off by default."""
 
 import math
 
@@ -207,8 +206,8 @@ class CostSensitiveROIHeads(CostSensitiveMixin, StandardROIHeads):
         return self.box_predictor.inference((scores, deltas), proposals)[0]
 
     def _as_proposals(self, predictions, proposals) -> tuple[list[Instances], torch.Tensor]:
-        """The predicted boxes, each of its likeliest class, as proposals; and bool (R,), of which of
-        all R proposals: what is scored too low to be found is left out."""
+        """The predicted boxes, each of its likeliest class, as proposals; and bool (R,), which of
+        all R proposals have one: what is scored too low to be found is left out."""
         predictor, moved, kept = self.box_predictor, [], []
         boxes = predictor.predict_boxes(predictions, proposals)
         for every, probs, before in zip(
