@@ -202,9 +202,12 @@ def add_ich_config(cfg: CfgNode) -> None:
     # number of them, of sum 1, such as [0.25, 0.5, 0.25]. The mean is the score that slices and
     # patients are diagnosed by, in evaluation and diagnosis. []: off.
     cfg.TEST.DIAGNOSIS.SMOOTHING = []
-    # With SMOOTHING boxes are smoothed by the same weights, each with those of the neighbours that
-    # overlap it by this IoU, and the slice's score moves as that of its highest box. 0: off.
+    # With SMOOTHING boxes are smoothed too, each with those of the neighbours that overlap it by
+    # this IoU, and the slice's score moves as that of its highest box. 0: off.
     cfg.TEST.DIAGNOSIS.SMOOTHING_IOU = 0.0
+    # The weights that boxes are smoothed by: a bleed's outline holds for fewer slices than that
+    # there is a bleed. []: those of SMOOTHING.
+    cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES = []
     cfg.TEST.DIAGNOSIS.OPERATING_POINT = CN()
     # How the best model's threshold is chosen on DATASETS.VAL, before DATASETS.TEST is touched:
     # fixed (OPERATING_THRESHOLD), recall, youden, f2 or cost. It is written to

@@ -159,6 +159,8 @@ def _smoothing(cfg: CfgNode) -> str:
     text = f" An image's score is the mean over its neighbours in the series, weighted {weights}"
     if iou := cfg.TEST.DIAGNOSIS.SMOOTHING_IOU:
         text += f", and a box's that of it and of boxes there that overlap it by IoU {iou:g}"
+        if own := list(cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES):
+            text += f", weighted {own}"
     return f"{text}."
 
 

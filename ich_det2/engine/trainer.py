@@ -183,6 +183,7 @@ class IchTrainer(DefaultTrainer):
             patient_rule=cfg.TEST.DIAGNOSIS.PATIENT_RULES[0],
             smoothing=cfg.TEST.DIAGNOSIS.SMOOTHING,
             smoothing_iou=cfg.TEST.DIAGNOSIS.SMOOTHING_IOU,
+            smoothing_boxes=cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES,
             truth=DatasetCatalog.get(dataset_name),
             output_dir=output_dir,
         )

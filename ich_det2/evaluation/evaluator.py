@@ -39,6 +39,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
         patient_rule: str = "any",
         smoothing: Sequence[float] = (),
         smoothing_iou: float = 0.0,
+        smoothing_boxes: Sequence[float] = (),
         truth: Sequence[dict] | None = None,
         output_dir=None,
         distributed: bool = True,
@@ -52,6 +53,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
             smoothing: weights of ``smooth_scores``, by which images and patients are diagnosed;
                 none leaves the scores as they are.
             smoothing_iou: of ``smooth_boxes``, with smoothing; 0: boxes keep their scores.
+            smoothing_boxes: weights of ``smooth_boxes``; none takes those of ``smoothing``.
             truth: dataset dicts with the true boxes ("annotations"; a "type" if known), for the
                 numbers of lesions; None does without.
             output_dir: folder for the files; None writes none.
@@ -62,6 +64,8 @@ class DiagnosisEvaluator(DatasetEvaluator):
         )
         self.smoothing = check_weights(smoothing) if len(smoothing) else None
         self.smoothing_iou = smoothing_iou if len(smoothing) else 0.0
+        own = len(smoothing_boxes) > 0
+        self.smoothing_boxes = check_weights(smoothing_boxes) if own else self.smoothing
         self.truth = None if truth is None else {str(d["image_id"]): d for d in truth}
         self.output_dir = Path(output_dir) if output_dir else None
         self.distributed = distributed
@@ -164,10 +168,11 @@ class DiagnosisEvaluator(DatasetEvaluator):
                 "smoothing needs the place of each image in its series, got none; expected"
                 ' "series" and "position_mm" in the dataset dicts.'
             )
-        where = [*zip(patients, series)], positions, self.smoothing
+        where = [*zip(patients, series)], positions
         if self.smoothing_iou and not any(entry is None for entry in boxes):
-            scores, boxes = smooth_boxes(scores, boxes, *where, self.smoothing_iou)
-        return smooth_scores(scores, *where), boxes
+            weights, iou = self.smoothing_boxes, self.smoothing_iou
+            scores, boxes = smooth_boxes(scores, boxes, *where, weights, iou)
+        return smooth_scores(scores, *where, self.smoothing), boxes
 
 
 def _metrics(summary: dict[str, dict]) -> dict[str, float]:

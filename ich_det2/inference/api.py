@@ -146,19 +146,20 @@ def _smooth(
     where = (
         [(entry.patient, entry.series) for entry in slices],
         [entry.position_mm for entry in slices],
-        model.smoothing,
     )
     smoothed = list(found)
     if model.smoothing_iou:
         rows = [np.zeros((0, 5)) if d is None else _as_rows(d) for d in found]
-        scores, rows = smooth_boxes(scores, rows, *where, model.smoothing_iou)
+        weights, iou = model.smoothing_boxes or model.smoothing, model.smoothing_iou
+        scores, rows = smooth_boxes(scores, rows, *where, weights, iou)
         for i, (d, own) in enumerate(zip(found, rows)):
             if d is not None:
                 order = np.argsort(-own[:, 0], kind="stable")
                 smoothed[i] = replace(d, scores=own[:, 0], raw_scores=d.scores).of(order)
+    scores = smooth_scores(scores, *where, model.smoothing)
     return [
         own and replace(own, image_score=score, raw_score=d.score)
-        for own, d, score in zip(smoothed, found, smooth_scores(scores, *where).tolist())
+        for own, d, score in zip(smoothed, found, scores.tolist())
     ]
 
 

@@ -127,6 +127,7 @@ class Diagnoser:
         patient_rule: str = "any",
         smoothing: Sequence[float] = (),
         smoothing_iou: float = 0.0,
+        smoothing_boxes: Sequence[float] = (),
         context: dict | None = None,
         head_crop: bool = False,
         facts: dict | None = None,
@@ -141,6 +142,7 @@ class Diagnoser:
             patient_rule: see ``patient_scores``.
             smoothing: weights of ``smooth_scores``; none leaves the scores as they are.
             smoothing_iou: of ``smooth_boxes``, with smoothing; 0 leaves the scores of boxes.
+            smoothing_boxes: weights of ``smooth_boxes``; none takes those of ``smoothing``.
             context: which neighbours the mapper asks for, arguments of ``find_slices``.
             head_crop: crop slices to the head, see :func:`find_crops`.
             facts: which model it is, for a person.
@@ -153,6 +155,7 @@ class Diagnoser:
         self.patient_rule = patient_rule
         self.smoothing = tuple(smoothing)
         self.smoothing_iou = smoothing_iou if self.smoothing else 0.0
+        self.smoothing_boxes = tuple(smoothing_boxes)
         self.context = context or {}
         self.head_crop = head_crop
         self.facts = facts or {}
@@ -201,6 +204,7 @@ class Diagnoser:
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
         smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
+        smoothing_boxes = list(cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES)
         return cls(
             model,
             IchDatasetMapper(cfg, is_train=False),
@@ -210,6 +214,7 @@ class Diagnoser:
             patient_rule=patient_rule,
             smoothing=smoothing,
             smoothing_iou=smoothing_iou,
+            smoothing_boxes=smoothing_boxes,
             context=context_settings(cfg),
             head_crop=cfg.INPUT.HEAD_CROP,
             facts={
@@ -221,6 +226,7 @@ class Diagnoser:
                 **({"backend": backend} if backend != "eager" else {}),
                 **({"smoothing": smoothing} if smoothing else {}),
                 **({"smoothing_iou": smoothing_iou} if smoothing and smoothing_iou else {}),
+                **({"smoothing_boxes": smoothing_boxes} if smoothing_boxes else {}),
             },
         )
 

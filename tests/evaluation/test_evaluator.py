@@ -280,6 +280,23 @@ def test_boxes_are_smoothed_along_the_series_and_read_back(make):
     assert not (evaluator.output_dir / "smoothed_boxes.json").exists()
 
 
+def test_boxes_are_smoothed_by_weights_of_their_own(make):
+    evaluator = make(
+        smoothing=[0.1, 0.2, 0.4, 0.2, 0.1], smoothing_iou=0.5, smoothing_boxes=[0.25, 0.5, 0.25]
+    )
+    feed_places(evaluator).evaluate()
+    found = evaluator._predictions(evaluator._rows)
+    top = [b[:, 0].max(initial=0) for b in found.boxes]
+    assert top == pytest.approx([0, 1.5 / 3, 1.125 / 3, 0.75 / 3, 0.25])
+    assert found.scores[:2] == pytest.approx([0.5 / 3, 1 / 3])  # two slices: 2/3 and 1/3
+    alone = make(smoothing=[0.25, 0.5, 0.25], smoothing_iou=0.5, smoothing_boxes=[1.0])
+    found = feed_places(alone)._predictions(alone._rows)
+    assert [b[:, 0].max(initial=0) for b in found.boxes] == [0, 0.75, 0.5, 0.125, 0.25]
+    assert found.scores[1] == pytest.approx(1.5 / 3)
+    with pytest.raises(ValueError, match="expected an odd number"):
+        make(smoothing=[1.0], smoothing_iou=0.5, smoothing_boxes=[0.5, 0.5])
+
+
 def test_raw_scores_are_read_back_taken_and_joined(make, tmp_path):
     evaluator = feed_places(make(smoothing=[0.25, 0.5, 0.25]))
     evaluator.evaluate()

@@ -211,6 +211,22 @@ def test_boxes_are_smoothed_too_and_keep_their_raw_scores(exam, finder):
     assert "raw_score" not in plain.to_dict()["patients"][0]["slices"][1]["boxes"][0]
 
 
+def test_boxes_are_smoothed_by_weights_of_their_own(exam, finder):
+    finder.smoothing, finder.smoothing_iou = (0.25, 0.5, 0.25), 0.3
+    same = diagnose(exam, finder, threshold=0.5)
+    finder.smoothing_boxes = (0.25, 0.5, 0.25)
+    assert [s.score for s in diagnose(exam, finder, threshold=0.5).slices] == [
+        s.score for s in same.slices
+    ]
+    finder.smoothing_boxes = (1.0,)
+    found = diagnose(exam, finder, threshold=0.5)
+    raw = [s.raw_score for s in found.slices]
+    a, b, c, d = raw[:4]
+    expected = [(2 * a + b) / 3, (a + 2 * b + c) / 4, (b + 2 * c + d) / 4, (c + 2 * d) / 3]
+    assert [s.score for s in found.slices[:4]] == pytest.approx(expected)
+    assert found.slices[1].scores.tolist() == found.slices[1].raw_scores.tolist()
+
+
 def test_pictures_of_no_series_and_slices_not_read_are_no_neighbours(
     write_series, finder, tmp_path
 ):
