@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from hypothesis import HealthCheck, settings
 from PIL import Image
 from pydicom.uid import generate_uid
@@ -149,3 +150,30 @@ def phantom_tree(tmp_path_factory):
     root = tmp_path_factory.mktemp("phantom")
     write_dataset(root, patients=6, size=64)
     return root
+
+
+@pytest.fixture
+def write_run(tmp_path, tiny_cfg):
+    """Function that writes OUTPUT_DIR of a model of random weights, whose scores differ from slice
+    to slice; it takes what tiny_cfg takes."""
+
+    def write(*opts, folder="run", **kwargs):
+        run = tmp_path / folder
+        run.mkdir()
+        torch.manual_seed(3)
+        cfg = tiny_cfg(*opts, "OUTPUT_DIR", str(run), **kwargs)
+        model = build_model(cfg)
+        heads = getattr(model, "roi_heads", None)
+        if heads is not None:
+            with torch.no_grad():
+                heads.box_predictor.cls_score.weight *= 100
+        (run / "config.yaml").write_text(cfg.dump())
+        torch.save({"model": model.state_dict()}, run / "model_best.pth")
+        return run
+
+    return write
+
+
+@pytest.fixture
+def run_dir(write_run):
+    return write_run()

@@ -86,8 +86,7 @@ class _Accelerated(nn.Module):
             part = getattr(owner, name)
             setattr(owner, name, _Swapped(part, self._backend, self._threads))
         found = self.model(inputs)
-        deep = any("Bottleneck" in type(m).__name__ for m in self.model.modules())
-        _compare(wanted, found, self._backend, TOLERANCE_OF_DEEP if deep else TOLERANCE)
+        check_equal(wanted, found, self._backend, tolerance_of(self.model))
         for owner, name in _places(self.model):
             getattr(owner, name).drop_eager()
         self._checked = True
@@ -255,8 +254,19 @@ def _onnxruntime(flat: _Flat, inputs: list[torch.Tensor], threads: int) -> Run:
     return run
 
 
-def _compare(wanted: list[dict], found: list[dict], backend: str, tolerance: float) -> None:
+def tolerance_of(model: nn.Module) -> float:
+    """How far the scores of a model may differ from engine to engine."""
+    deep = any("Bottleneck" in type(m).__name__ for m in model.modules())
+    return TOLERANCE_OF_DEEP if deep else TOLERANCE
+
+
+def check_equal(wanted: list[dict], found: list[dict], backend: str, tolerance: float) -> None:
     """Whether two answers say the same.
+
+    Args:
+        wanted, found: outputs of a Detectron2 model, the second by another engine.
+        backend: its name.
+        tolerance: of the scores.
 
     Raises:
         ValueError: they do not.
@@ -285,7 +295,7 @@ def _compare(wanted: list[dict], found: list[dict], backend: str, tolerance: flo
     if most > tolerance:
         text = f"scores differ by {most:.1e}, expected {tolerance:.0e} at most"
         raise ValueError(_differs(backend, text))
-    logger.info("%s says the same as eager on the first batch, to %.1e.", backend, most)
+    logger.info("%s says the same as eager on %d images, to %.1e.", backend, len(wanted), most)
 
 
 def _differs(backend: str, what: str) -> str:

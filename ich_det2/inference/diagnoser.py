@@ -241,7 +241,7 @@ class Diagnoser:
             do not hold the path).
         """
         waiting: list[dict | ValueError] = []
-        for item in self._read_ahead(slices):
+        for item in self.inputs(slices):
             sizes = {x["image"].shape for x in waiting if isinstance(x, dict)}
             # Images of different size would be padded, which changes what is found on them.
             if isinstance(item, dict) and sizes and item["image"].shape not in sizes:
@@ -253,8 +253,16 @@ class Diagnoser:
                 waiting = []
         yield from self._detect(waiting)
 
-    def _read_ahead(self, slices: Iterable[Slice]) -> Iterator[dict | ValueError]:
-        """Mapped inputs in order, decoded by threads a few slices or two batches ahead."""
+    def inputs(self, slices: Iterable[Slice]) -> Iterator[dict | ValueError]:
+        """What the model is given of each slice, decoded by threads a few slices or two batches
+        ahead.
+
+        Args:
+            slices: as of :meth:`__call__`.
+
+        Yields:
+            For each slice in its order a mapped dict, or why it cannot be decoded.
+        """
         pool = ThreadPoolExecutor(_READERS)
         try:
             pending = deque()

@@ -93,9 +93,10 @@ class ImageClassifier(nn.Module):
 
     def _resize(self, image: torch.Tensor) -> torch.Tensor:
         """From (..., C, Hi, Wi) to S pixels along the longer side."""
-        scale = self.input_size / max(image.shape[-2:])
-        size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-        if size == list(image.shape[-2:]):
+        sides = [int(side) for side in image.shape[-2:]]
+        scale = self.input_size / max(sides)
+        size = [max(1, round(side * scale)) for side in sides]
+        if size == sides:
             return image
         slices = image.reshape(-1, *image.shape[-3:])
         slices = F.interpolate(slices, size, mode="bilinear", align_corners=False, antialias=True)

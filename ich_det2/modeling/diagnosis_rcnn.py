@@ -171,7 +171,7 @@ class DiagnosisRCNN(GeneralizedRCNN):
         for output, logit in zip(outputs, logits):
             instances, w, v = output["instances"], self.score_weight, self.box_weight
             scores = instances.scores.float()
-            top = scores.max() if len(scores) else scores.new_zeros(())
+            top = F.pad(scores, (0, 1)).max()  # 0 without boxes
             output["image_score"] = (w * logit + (1 - w) * top.logit(_EPS)).sigmoid()
             if v > 0:
                 instances.scores = scores ** (1 - v) * logit.sigmoid() ** v

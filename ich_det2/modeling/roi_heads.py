@@ -68,9 +68,9 @@ class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
         boxes = self.predict_boxes(predictions, proposals)
         probs = self.predict_probs(predictions, proposals)
         for instances, every, scores in zip(found, boxes, probs):
-            every = every.view(len(every), every.shape[1] // 4, 4)
+            every = every.view(-1, every.shape[1] // 4, 4)
             every = every.expand(-1, self.num_classes, 4)
-            for k in instances.pred_classes.unique().tolist():
+            for k in range(self.num_classes):
                 voting = every[:, k].isfinite().all(dim=1) & (scores[:, k] > self.test_score_thresh)
                 kept_k = instances.pred_classes == k
                 instances.pred_boxes.tensor[kept_k] = vote_boxes(
@@ -213,10 +213,12 @@ class CostSensitiveROIHeads(CostSensitiveMixin, StandardROIHeads):
         for every, probs, before in zip(
             boxes, predictor.predict_probs(predictions, proposals), proposals
         ):
-            every = every.view(len(every), every.shape[1] // 4, 4).expand(-1, self.num_classes, 4)
+            every = every.view(-1, every.shape[1] // 4, 4).expand(-1, self.num_classes, 4)
             score, k = probs[:, : self.num_classes].max(dim=1)
-            own = every[torch.arange(len(k), device=k.device), k]
-            good = own.isfinite().all(dim=1) & (score > predictor.test_score_thresh)
+            own = every.gather(1, k[:, None, None].expand(-1, 1, 4)).squeeze(1)
+            good = own.isfinite().all(dim=1)
+            if not torch.jit.is_tracing():  # a graph's norms cannot be given no box at all
+                good &= score > predictor.test_score_thresh
             refined = Instances(before.image_size, proposal_boxes=Boxes(own[good]))
             refined.proposal_boxes.clip(before.image_size)
             moved.append(refined)

@@ -58,7 +58,7 @@ def test_it_answers_as_eager_for_all_sizes_of_images_and_batches(build, backend,
         for sizes in ([(64, 64)] * 2, [(64, 64)], [(64, 96)] * 3, [(80, 64), (64, 70)]):
             inputs = images(*sizes, seed=len(sizes))
             wanted, found = model(inputs), fast(inputs)
-            module._compare(wanted, found, backend, tolerance)
+            module.check_equal(wanted, found, backend, tolerance)
             assert [len(x["instances"]) > 0 for x in wanted] == [True] * len(sizes)
     # The parts that were swapped are no longer in memory.
     assert (
@@ -78,7 +78,7 @@ def test_an_image_without_proposals(build, backend):
             assert len(found["instances"]) == 0
         twin.proposal_generator.min_box_size = model.proposal_generator.min_box_size = 0.0
         inputs = images((64, 64))
-        module._compare(model(inputs), fast(inputs), backend, 1e-5)
+        module.check_equal(model(inputs), fast(inputs), backend, 1e-5)
         twin.proposal_generator.min_box_size = 1000.0
         assert len(fast(inputs)[0]["instances"]) == 0
 

@@ -1,16 +1,23 @@
-"""Runs engine_checks.py, in a process of its own."""
+"""Runs engine_checks.py and export_checks.py, each in a process of its own."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-CHECKS = Path(__file__).with_name("engine_checks.py")
+import pytest
+
+HERE = Path(__file__).parent
 
 
-def test_other_engines_answer_as_eager_does_or_are_refused():
+@pytest.mark.parametrize("checks", ["engine_checks.py", "export_checks.py"])
+def test_other_engines_answer_as_eager_does_or_are_refused(checks):
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
     told = subprocess.run(
-        [*argv, str(CHECKS)], capture_output=True, text=True, timeout=600, cwd=CHECKS.parents[2]
+        [*argv, str(HERE / checks)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=HERE.parents[1],
     )
     assert told.returncode == 0, told.stdout[-5000:]
     assert " passed" in told.stdout

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 
 from ich_det2.inference.archive import Job, Settings, diagnose_archive, read_manifest
 from ich_det2.phantom import write_exam
@@ -32,17 +31,6 @@ def exams(tmp_path_factory):
     for i in range(3):
         for path in write_exam(folder / f"exam{i}", seed=i, size=64)[4:]:
             path.unlink()
-    return folder
-
-
-@pytest.fixture
-def run_dir(tmp_path, tiny_cfg):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    torch.manual_seed(3)
-    cfg = tiny_cfg("OUTPUT_DIR", str(folder))
-    (folder / "config.yaml").write_text(cfg.dump())
-    torch.save({"model": build_model(cfg).state_dict()}, folder / "model_best.pth")
     return folder
 
 

@@ -30,21 +30,6 @@ SECRETS = ("ZWICKY", "JANUSZ", "PID4711", "1.2.826.0.1.3680043.8.498")
 
 
 @pytest.fixture
-def run_dir(tmp_path, tiny_cfg):
-    """OUTPUT_DIR of a model of random weights whose scores differ from slice to slice."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    torch.manual_seed(3)
-    cfg = tiny_cfg("OUTPUT_DIR", str(folder))
-    model = build_model(cfg)
-    with torch.no_grad():
-        model.roi_heads.box_predictor.cls_score.weight *= 100
-    (folder / "config.yaml").write_text(cfg.dump())
-    torch.save({"model": model.state_dict()}, folder / "model_best.pth")
-    return folder
-
-
-@pytest.fixture
 def exam(tmp_path, write_ct):
     """Factory of an exam of four slices, whose files are named against their order."""
 
