@@ -205,8 +205,8 @@ def add_ich_config(cfg: CfgNode) -> None:
     # With SMOOTHING boxes are smoothed too, each with those of the neighbours that overlap it by
     # this IoU, and the slice's score moves as that of its highest box. 0: off.
     cfg.TEST.DIAGNOSIS.SMOOTHING_IOU = 0.0
-    # The weights that boxes are smoothed by: a bleed's outline holds for fewer slices than that
-    # there is a bleed. []: those of SMOOTHING.
+    # The weights that boxes are smoothed by where they are: a bleed's outline holds for fewer
+    # slices than that there is a bleed. []: those of SMOOTHING.
     cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES = []
     cfg.TEST.DIAGNOSIS.OPERATING_POINT = CN()
     # How the best model's threshold is chosen on DATASETS.VAL, before DATASETS.TEST is touched:

@@ -45,12 +45,6 @@ def check_operating_point(cfg: CfgNode) -> None:
                 check_weights(weights)
         except ValueError as error:
             raise ValueError(f"TEST.DIAGNOSIS.{key}: {error}") from error
-    smooths_boxes = len(cfg.TEST.DIAGNOSIS.SMOOTHING) > 0 and cfg.TEST.DIAGNOSIS.SMOOTHING_IOU > 0
-    if list(cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES) and not smooths_boxes:
-        raise ValueError(
-            "TEST.DIAGNOSIS.SMOOTHING_BOXES is set, but boxes are smoothed with SMOOTHING and a"
-            " SMOOTHING_IOU above 0 alone; set them, or SMOOTHING_BOXES []."
-        )
     if not 0 <= cfg.TEST.DIAGNOSIS.SMOOTHING_IOU <= 1:
         raise ValueError(
             f"TEST.DIAGNOSIS.SMOOTHING_IOU is {cfg.TEST.DIAGNOSIS.SMOOTHING_IOU}, expected 0 to 1."

@@ -433,14 +433,10 @@ def test_smoothing_needs_the_places_of_what_is_scored(cfg_on, caplog):
     assert "ich_test: the place" not in caplog.text
 
 
-def test_boxes_are_smoothed_with_slices_alone(cfg_on):
-    opts = ("TEST.DIAGNOSIS.SMOOTHING_BOXES", "[0.25, 0.5, 0.25]")
-    with pytest.raises(ValueError, match="SMOOTHING_BOXES is set, but"):
-        check(cfg_on(*opts))
-    with pytest.raises(ValueError, match="SMOOTHING_BOXES is set, but"):
-        check(cfg_on(*opts, "TEST.DIAGNOSIS.SMOOTHING", "[0.25, 0.5, 0.25]"))
-    with pytest.raises(ValueError, match="SMOOTHING_BOXES: the weights are"):
-        check(cfg_on("TEST.DIAGNOSIS.SMOOTHING_BOXES", "[0.5, 0.5]"))
+@pytest.mark.parametrize("key", ["SMOOTHING", "SMOOTHING_BOXES"])
+def test_bad_weights_of_the_smoothing_are_named(cfg_on, key):
+    with pytest.raises(ValueError, match=f"TEST.DIAGNOSIS.{key}: the weights are"):
+        check(cfg_on(f"TEST.DIAGNOSIS.{key}", "[0.5, 0.5]"))
 
 
 def test_smoothing_is_a_part_of_what_a_model_answers():
