@@ -129,6 +129,8 @@ def add_ich_config(cfg: CfgNode) -> None:
     # In the test, how often CostSensitiveROIHeads are shown their own boxes again as proposals; the
     # scores stay those of the RPN's. 0: off.
     cfg.MODEL.ROI_HEADS.REFINE_TEST = 0
+    # The least score of a box that is refined; each takes as long again as in the second stage.
+    cfg.MODEL.ROI_HEADS.REFINE_THRESH_TEST = 0.0
 
     # ---- timm backbones (build_timm_backbone) ------------------------------------------------
     cfg.MODEL.TIMM = CN()

@@ -90,7 +90,7 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     "MODEL.RPN.PRIOR_PROB": {_RPN_HEAD: _of(CostSensitiveRPNHead)},
     "MODEL.ROI_HEADS.COST.": {_ROI_HEADS: _of(CostSensitiveMixin)},
     "MODEL.ROI_HEADS.VOTE_THRESH_TEST": {_ROI_HEADS: _of(CostSensitiveMixin, but=CascadeROIHeads)},
-    "MODEL.ROI_HEADS.REFINE_TEST": {_ROI_HEADS: _of(CostSensitiveROIHeads)},
+    "MODEL.ROI_HEADS.REFINE_": {_ROI_HEADS: _of(CostSensitiveROIHeads)},
     "MODEL.ROI_BOX_CASCADE_HEAD.": {_ROI_HEADS: _of(CascadeROIHeads)},
     "MODEL.ANCHOR_GENERATOR.CLUSTERS.": {_ANCHORS: _of(ClusteredAnchorGenerator)},
     "MODEL.ANCHOR_GENERATOR.PAIRS": {_ANCHORS: _of(ClusteredAnchorGenerator)},

@@ -165,26 +165,31 @@ class CostSensitiveROIHeads(CostSensitiveMixin, StandardROIHeads):
     """
 
     @configurable
-    def __init__(self, *, test_refinements: int = 0, **kwargs):
+    def __init__(self, *, test_refinements: int = 0, test_refine_thresh: float = 0.0, **kwargs):
         """
         Args:
             test_refinements: how often a box is refined in the test, >= 0; 0 is stock.
+            test_refine_thresh: the least score of a box that is refined, in [0, 1].
             kwargs: arguments of :class:`StandardROIHeads`.
 
         Raises:
-            ValueError: if the number is below 0.
+            ValueError: if one of the numbers is out of its range.
         """
         super().__init__(**kwargs)
-        if test_refinements < 0:
+        if test_refinements < 0 or not 0 <= test_refine_thresh <= 1:
             raise ValueError(
-                f"MODEL.ROI_HEADS.REFINE_TEST is {test_refinements}, expected 0 or more."
+                f"MODEL.ROI_HEADS.REFINE_TEST is {test_refinements} and REFINE_THRESH_TEST"
+                f" {test_refine_thresh}, expected 0 or more, and 0 to 1."
             )
-        self.test_refinements = test_refinements
+        self.test_refinements, self.test_refine_thresh = test_refinements, test_refine_thresh
 
     @classmethod
     def from_config(cls, cfg, input_shape):
-        refinements = cfg.MODEL.ROI_HEADS.REFINE_TEST
-        return {**super().from_config(cfg, input_shape), "test_refinements": refinements}
+        return {
+            **super().from_config(cfg, input_shape),
+            "test_refinements": cfg.MODEL.ROI_HEADS.REFINE_TEST,
+            "test_refine_thresh": cfg.MODEL.ROI_HEADS.REFINE_THRESH_TEST,
+        }
 
     def _forward_box(self, features, proposals):
         """As :meth:`StandardROIHeads._forward_box`."""
@@ -196,34 +201,40 @@ class CostSensitiveROIHeads(CostSensitiveMixin, StandardROIHeads):
             pooled = self.box_pooler(maps, [x.proposal_boxes for x in proposals])
             return self.box_predictor(self.box_head(pooled))
 
-        scores, deltas = predict(proposals)
+        predictions = predict(proposals)
         for _ in range(self.test_refinements):
-            proposals, kept = self._as_proposals((scores, deltas), proposals)
-            scores, deltas = scores[kept], deltas[kept]
-            if not len(scores):
-                break
-            _, deltas = predict(proposals)
-        return self.box_predictor.inference((scores, deltas), proposals)[0]
+            predictions, proposals = self._refine(predict, predictions, proposals)
+        return self.box_predictor.inference(predictions, proposals)[0]
 
-    def _as_proposals(self, predictions, proposals) -> tuple[list[Instances], torch.Tensor]:
-        """The predicted boxes, each of its likeliest class, as proposals; and bool (R,), which of
-        all R proposals have one: what is scored too low to be found is left out."""
-        predictor, moved, kept = self.box_predictor, [], []
+    def _refine(self, predict, predictions, proposals) -> tuple[tuple, list[Instances]]:
+        """Shows the predicted boxes, each of its likeliest class, to the second stage again.
+
+        Returns:
+            Scores as they were and the deltas of what is refined, and the proposals that these
+            belong to.
+        """
+        (scores, deltas), predictor = predictions, self.box_predictor
         boxes = predictor.predict_boxes(predictions, proposals)
-        for every, probs, before in zip(
-            boxes, predictor.predict_probs(predictions, proposals), proposals
-        ):
+        probs = predictor.predict_probs(predictions, proposals)
+        least = max(self.test_refine_thresh, predictor.test_score_thresh)
+        whole = torch.jit.is_tracing()  # a graph refines all, since its norms need a box at least
+        chosen, seen, after = [], [], []
+        for every, prob, before in zip(boxes, probs, proposals):
             every = every.view(-1, every.shape[1] // 4, 4).expand(-1, self.num_classes, 4)
-            score, k = probs[:, : self.num_classes].max(dim=1)
+            score, k = prob[:, : self.num_classes].max(dim=1)
             own = every.gather(1, k[:, None, None].expand(-1, 1, 4)).squeeze(1)
-            good = own.isfinite().all(dim=1)
-            if not torch.jit.is_tracing():  # a graph's norms cannot be given no box at all
-                good &= score > predictor.test_score_thresh
-            refined = Instances(before.image_size, proposal_boxes=Boxes(own[good]))
-            refined.proposal_boxes.clip(before.image_size)
-            moved.append(refined)
-            kept.append(good)
-        return moved, torch.cat(kept)
+            good = own.isfinite().all(dim=1) & (score > least)
+            own = torch.where(good[:, None], own, before.proposal_boxes.tensor)
+            after.append(Instances(before.image_size, proposal_boxes=Boxes(own)))
+            after[-1].proposal_boxes.clip(before.image_size)
+            chosen.append(good)
+            seen.append(after[-1] if whole else after[-1][good])
+        good = torch.cat(chosen)
+        if whole:
+            deltas = torch.where(good[:, None], predict(seen)[1], deltas)
+        elif good.any():
+            deltas = deltas.index_put((good,), predict(seen)[1])
+        return (scores, deltas), after
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -237,12 +237,13 @@ def test_bad_threshold_of_the_vote_is_an_error(threshold):
 # ---- refinement ----------------------------------------------------------------------------------
 
 
-def refining(tiny_cfg, times, num_classes=1):
+def refining(tiny_cfg, times, num_classes=1, thresh=0.0):
     """Heads that move each box by half of its width to the right; with two classes, that shift
     those of the second down instead. Its scores depend on where a box lies."""
     heads = build(
         tiny_cfg, "CostSensitiveROIHeads", "stride16",
-        "MODEL.ROI_HEADS.REFINE_TEST", times, "MODEL.ROI_HEADS.NUM_CLASSES", num_classes,
+        "MODEL.ROI_HEADS.REFINE_TEST", times, "MODEL.ROI_HEADS.REFINE_THRESH_TEST", thresh,
+        "MODEL.ROI_HEADS.NUM_CLASSES", num_classes,
         "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.05,
     ).eval()  # fmt: skip
     predictor = heads.box_predictor
@@ -305,6 +306,21 @@ def test_what_is_scored_too_low_is_not_refined(tiny_cfg):
     head.remove()
 
 
-def test_refinements_are_counted_from_zero(tiny_cfg):
-    with pytest.raises(ValueError, match="REFINE_TEST is -1, expected 0 or more"):
+def test_boxes_of_low_scores_stay_as_they_are(tiny_cfg):
+    boxes = [[[4.0, 4.0, 12.0, 20.0], [40.0, 8.0, 56.0, 24.0]], [[4.0, 4.0, 12.0, 20.0]]]
+    first = found_by(refining(tiny_cfg, 0), *boxes)
+    all_scores = torch.cat([found.scores for found in first])
+    between = (all_scores.min() + all_scores.max()).item() / 2
+    for stock, found in zip(first, found_by(refining(tiny_cfg, 2, thresh=between), *boxes)):
+        assert torch.equal(found.scores, stock.scores)
+        low = found.scores < between
+        assert torch.equal(found.pred_boxes.tensor[low], stock.pred_boxes.tensor[low])
+        assert (found.pred_boxes.tensor[~low] != stock.pred_boxes.tensor[~low]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("thresh", [-0.1, 1.1, math.nan])
+def test_numbers_of_the_refinement_out_of_range(tiny_cfg, thresh):
+    with pytest.raises(ValueError, match="REFINE_TEST is -1 .*expected 0 or more"):
         refining(tiny_cfg, -1)
+    with pytest.raises(ValueError, match="REFINE_THRESH_TEST"):
+        refining(tiny_cfg, 1, thresh=thresh)
