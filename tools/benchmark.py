@@ -6,6 +6,7 @@
     python tools/benchmark.py diagnosis --images 1000000 --thresholds 99
     python tools/benchmark.py read-slices path/to/series --rounds 20
     python tools/benchmark.py diagnose --backends eager openvino
+    python tools/benchmark.py growth --studies 1 2 4 8 --slices 10 20 40 80
     python tools/benchmark.py loader --data path/to/voc_tree --workers 0 1 2
 
 train-step: against stock Detectron2. configs: seconds and peak memory of a training step of each
@@ -15,7 +16,8 @@ with the same numbers as result. read-slices: a windowed slice against pydicom's
 apply_rescale and a float64 window, once where the C library gives the memory of each array back, as
 in a process that has just begun, and once where it keeps it, as it comes to do in long ones.
 diagnose: CPU-seconds from files to scores against Detectron2's DefaultPredictor behind pydicom,
-slice by slice, as shipped (800 px) and at the model's own pixels, with the same scores. loader:
+slice by slice, as shipped (800 px) and at the model's own pixels, with the same scores. growth: the
+same over the number of studies and of a study's slices, and the straight lines through it. loader:
 slices per second of the training loader. What is compared is timed in turn, so that a machine whose
 speed wanders slows both; quote the ratio, not the seconds.
 """
@@ -132,6 +134,14 @@ def parse_args(argv=None):
     whole.add_argument("--rounds", type=int, default=3, help="timed passes")
     whole.add_argument("--threads", type=int, default=1)
     whole.set_defaults(run=diagnose)
+    more = commands.add_parser("growth", help="diagnosis over the number of studies and slices")
+    more.add_argument("--config-file", default=default, metavar="FILE")
+    more.add_argument("--studies", type=int, nargs="+", default=[1, 2, 4, 8], help="of 10 slices")
+    more.add_argument("--slices", type=int, nargs="+", default=[10, 20, 40, 80], help="of a study")
+    more.add_argument("--size", type=int, default=512, help="rows and columns, pixels")
+    more.add_argument("--rounds", type=int, default=3, help="timed passes")
+    more.add_argument("--threads", type=int, default=1)
+    more.set_defaults(run=growth)
     feed = commands.add_parser("loader", help="the training loader, by number of workers")
     feed.add_argument("--data", type=Path, required=True, help="VOC tree with ImageSets")
     feed.add_argument("--config-file", default="configs/csfrcnn_r50.yaml", metavar="FILE")
@@ -497,6 +507,38 @@ def diagnose(args) -> None:
     headers = ["", "median s", "min s", "ratio, median of pairs", "ratio of minima"]
     rows = compare(each, "DefaultPredictor")
     print(tabulate(rows, headers, floatfmt=".4f", tablefmt="github"))
+
+
+def growth(args) -> None:
+    torch.set_num_threads(args.threads)
+    groups = {
+        "studies": {n: (n, 10) for n in args.studies},
+        "slices": {n: (1, n) for n in args.slices},
+    }
+    sizes = list(dict.fromkeys(size for group in groups.values() for size in group.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        untrained_run(args.config_file, folder / "run")
+        model = Diagnoser.load(folder / "run", device="cpu", threads=args.threads)
+
+        def diagnosing(number: int, slices: int):
+            studies = write_studies(folder / f"{number}x{slices}", number, slices, args.size)
+            return lambda: [ich_det2.diagnose(study, model) for study in studies]
+
+        ways = {size: diagnosing(*size) for size in sizes}
+        seconds = interleave(ways, args.rounds, 1, "cpu", clock=time.process_time)
+    best = {size: min(times) for size, times in seconds.items()}
+    print(
+        f"{cpu_name()}, {args.threads} thread(s), torch {torch.__version__}; {args.config_file} of"
+        f" random weights, slices of {args.size} px, least CPU-seconds of {args.rounds} rounds"
+    )
+    rows = [[n, m, s, s / (n * m)] for (n, m), s in best.items()]
+    print(tabulate(rows, ["studies", "slices of each", "s", "s a slice"], "github", ".3f"))
+    for name, group in groups.items():
+        times = [best[size] for size in group.values()]
+        slope, start = np.polyfit(list(group), times, 1)
+        off = max(abs(start + slope * n - s) / s for n, s in zip(group, times))
+        print(f"over {name}: {start:.3f} s + {slope:.4f} s each, at most {off:.1%} off that line")
 
 
 def write_studies(folder: Path, number: int, slices: int, size: int) -> list[Path]:

@@ -129,3 +129,14 @@ def test_a_diagnosis_from_files_is_measured_against_detectron2s_predictor(
     assert float(differ.split()[-1]) < 1e-4
     rows = [line for line in out.splitlines() if line.startswith("| ")]
     assert len(rows) == 4 and rows[2].count("1.0000") == 2
+
+
+def test_the_cost_of_more_studies_and_slices_is_fitted_by_lines(tool, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sizes = ["--studies", "1", "2", "--slices", "10", "12", "--size", "64", "--rounds", "1"]
+    tool.growth(tool.parse_args(["growth", *sizes]))
+    out = capsys.readouterr().out.splitlines()
+    assert len([line for line in out if line.startswith("| ") and "studies" not in line]) == 3
+    fits = [line for line in out if line.startswith("over ")]
+    assert [line.split(":")[0] for line in fits] == ["over studies", "over slices"]
+    assert all("at most 0.0% off" in line for line in fits)  # two points each
