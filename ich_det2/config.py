@@ -120,7 +120,8 @@ def add_ich_config(cfg: CfgNode) -> None:
     # ---- second stage ----------------------------------------------------------------------
     cfg.MODEL.ROI_HEADS.COST = CN()
     # Weight of a foreground proposal in the ROI classification loss of CostSensitiveROIHeads,
-    # CostSensitiveRes5ROIHeads, CostSensitiveCascadeROIHeads and InceptionV3ROIHeads; 1 is stock.
+    # CostSensitiveRes5ROIHeads, CostSensitiveCascadeROIHeads, InceptionV3ROIHeads and
+    # RFCNROIHeads; 1 is stock.
     # Beyond the paper.
     cfg.MODEL.ROI_HEADS.COST.ALPHA = 1.0
     # In the test each box that NMS leaves becomes the mean, by scores, of all boxes of its class

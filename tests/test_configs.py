@@ -19,6 +19,7 @@ from ich_det2.evaluation import plots
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*frcnn_*.yaml"))
+RFCN = [ROOT / f"configs/{p}rfcn_effnet_lite0.yaml" for p in ("", "cs")]
 IMAGE_HEAD = ROOT / "configs/diagnosis_effnet_lite0.yaml"
 NETWORKS = ("effnet_lite0", "inception_v3", "r50", "r50_fpn", "vgg16")
 # Small where size is all that matters; anchors are clustered, and the loop is the real one.
@@ -140,7 +141,7 @@ def train(config, root, out, max_iter, resume=False):
     return trainer, torch.load(out / "model_final.pth", weights_only=True)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, IMAGE_HEAD], ids=lambda p: p.stem)
+@pytest.mark.parametrize("config", [*CONFIGS, *RFCN, IMAGE_HEAD], ids=lambda p: p.stem)
 def test_it_trains_is_saved_goes_on_and_is_evaluated(config, root, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "save_figure", lambda figure, target: None)  # drawn in other tests
     out = tmp_path / "out"

@@ -36,6 +36,7 @@ from .classifier_networks import CLASSIFIER_REGISTRY
 from .diagnosis_rcnn import DiagnosisRCNN
 from .ensemble import EnsembleRCNN
 from .inception_roi_heads import InceptionV3ROIHeads
+from .rfcn_roi_heads import RFCNROIHeads
 from .roi_heads import CostSensitiveMixin, CostSensitiveROIHeads
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
 from .sampling import ANCHOR_SAMPLER_REGISTRY, AdaptiveRatioSampler, FixedRatioSampler
@@ -88,8 +89,10 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
         _RPN: _of(RPN, but=CostSensitiveRPN),
     },
     "MODEL.RPN.PRIOR_PROB": {_RPN_HEAD: _of(CostSensitiveRPNHead)},
-    "MODEL.ROI_HEADS.COST.": {_ROI_HEADS: _of(CostSensitiveMixin)},
-    "MODEL.ROI_HEADS.VOTE_THRESH_TEST": {_ROI_HEADS: _of(CostSensitiveMixin, but=CascadeROIHeads)},
+    "MODEL.ROI_HEADS.COST.": {_ROI_HEADS: _of(CostSensitiveMixin, RFCNROIHeads)},
+    "MODEL.ROI_HEADS.VOTE_THRESH_TEST": {
+        _ROI_HEADS: _of(CostSensitiveMixin, RFCNROIHeads, but=CascadeROIHeads)
+    },
     "MODEL.ROI_HEADS.REFINE_": {_ROI_HEADS: _of(CostSensitiveROIHeads)},
     "MODEL.ROI_BOX_CASCADE_HEAD.": {_ROI_HEADS: _of(CascadeROIHeads)},
     "MODEL.ANCHOR_GENERATOR.CLUSTERS.": {_ANCHORS: _of(ClusteredAnchorGenerator)},
