@@ -54,6 +54,7 @@ PURE = {
     "ich_det2.evaluation.operating_point",
     "ich_det2.evaluation.predictions",
     "ich_det2.evaluation.smoothing",
+    "ich_det2.evaluation.worklist",
     "ich_det2.evaluation.visualize",
     "ich_det2.files",
     "ich_det2.inference",
