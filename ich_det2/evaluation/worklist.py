@@ -84,8 +84,8 @@ class Worklist:
             raise ValueError(f"{self}: expected numbers above 0.")
         if self.load >= 1:
             raise ValueError(
-                f"{self.per_hour:g} exams an hour of {self.minutes:g} minutes are {self.load:.2f} of"
-                f" what {self.readers} reader(s) can read, expected less than 1: the worklist"
+                f"{self.per_hour:g} exams an hour of {self.minutes:g} minutes are {self.load:.2f}"
+                f" of what {self.readers} reader(s) can read, expected less than 1: the worklist"
                 " would grow for ever."
             )
 
