@@ -128,6 +128,8 @@ def simulate(
     positive, priorities = np.asarray(labels).astype(bool), np.asarray(priorities, dtype=float)
     if positive.all() or not positive.any():
         raise ValueError(f"{positive.sum()} of {len(positive)} patients bleed, expected some.")
+    if n_worklists < 1:
+        raise ValueError(f"{n_worklists} worklists, expected at least one.")
     share = float(positive.mean()) if prevalence is None else prevalence
     if not 0 < share < 1:
         raise ValueError(f"prevalence is {share}, expected between 0 and 1.")

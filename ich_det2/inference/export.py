@@ -141,12 +141,16 @@ def _as_output(tensors: dict[str, np.ndarray], image: torch.Tensor) -> dict:
 
 
 def _inputs(diagnoser: Diagnoser, exam) -> Iterator[torch.Tensor]:
-    """Square slices as the network sees them."""
+    """Square slices as the network sees them, of the first one's size."""
     with tempfile.TemporaryDirectory() as folder:
         if exam is None:
             exam = Path(folder) / "phantom"
             write_exam(exam)
-        slices = find_slices([exam], **diagnoser.context).slices
+        slices, first = find_slices([exam], **diagnoser.context).slices, None
         for inputs in diagnoser.inputs(slices):
-            if isinstance(inputs, dict) and len(set(inputs["image"].shape[1:])) == 1:
+            if not isinstance(inputs, dict):
+                continue
+            _, height, width = shape = inputs["image"].shape
+            if height == width and shape == (first or shape):
+                first = shape
                 yield inputs["image"]

@@ -83,5 +83,7 @@ def test_worklists_that_make_no_sense_are_named():
         Worklist(exams=0)
     with pytest.raises(ValueError, match="0 of 2 patients bleed"):
         simulate([0, 0], [0, 1], Worklist())
+    with pytest.raises(ValueError, match="0 worklists, expected at least one"):
+        simulate([0, 1], [0, 1], Worklist(), n_worklists=0)
     with pytest.raises(ValueError, match="prevalence is 1"):
         simulate([0, 1], [0, 1], Worklist(), prevalence=1)

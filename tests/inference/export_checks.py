@@ -15,6 +15,7 @@ from ich_det2.inference import export as module
 from ich_det2.inference.accelerate import check_equal
 from ich_det2.inference.diagnoser import Diagnoser
 from ich_det2.inference.export import export_onnx
+from ich_det2.phantom import write_exam
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnxruntime", "onnx"))), reason="no onnxruntime"
@@ -82,6 +83,14 @@ def test_a_slice_without_boxes(write_run, tmp_path):
         assert score == pytest.approx(float(wanted["image_score"]), abs=1e-5)
         counts.add(len(boxes) > 0)
     assert counts == {False, True}
+
+
+def test_slices_of_another_size_than_the_first_are_left_out(write_run, tmp_path):
+    for seed, size in enumerate((64, 96)):
+        write_exam(tmp_path / "exam" / str(size), seed=seed, size=size)
+    run = write_run(*SMALL, "INPUT.MIN_SIZE_TEST", 0)  # slices keep their size
+    number = len(list((tmp_path / "exam/64").iterdir()))
+    assert export_onnx(run, tmp_path / "model.onnx", tmp_path / "exam") == number
 
 
 def test_a_graph_that_answers_otherwise_is_not_written(run_dir, tmp_path, monkeypatch):
