@@ -41,8 +41,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # [level HU, width HU], one channel each; one window fills three channels. Images of 8 bit
     # (PNG, JPEG) are taken as windowed already.
     cfg.INPUT.WINDOWS = [[50.0, 100.0]]
-    # Slices on either side that become channels, 0 or 1; with 1, the one window is applied to the
-    # slice before, the slice and the slice after, along the slice normal.
+    # Slices on either side that become channels, along the slice normal, each in the one window:
+    # 1 gives three channels, n gives 2 n + 1, for which MODEL.PIXEL_MEAN and PIXEL_STD need as many
+    # values. 0: off.
     cfg.INPUT.CONTEXT_SLICES = 0
     # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU) sees in order;
     # at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.

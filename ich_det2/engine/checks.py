@@ -186,11 +186,14 @@ def check_values(cfg: CfgNode) -> None:
             words = " and ".join(filter(None, ends))
             kind = "one number or more" if several else "a number"
             raise ValueError(f"{key} is {value!r}, expected {kind} {words}".rstrip() + ".")
+    reach = cfg.INPUT.CONTEXT_SLICES
+    channels = 2 * reach + 1 if reach > 0 else CHANNELS
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != CHANNELS:
+        if len(cfg.MODEL[key]) != channels:
             raise ValueError(
                 f"MODEL.{key} has {len(cfg.MODEL[key])} values {list(cfg.MODEL[key])}, expected"
-                f" {CHANNELS}: images have {CHANNELS} channels, whatever INPUT.WINDOWS is."
+                f" {channels}: images have {channels} channels, with INPUT.CONTEXT_SLICES {reach},"
+                " whatever INPUT.WINDOWS is."
             )
     for window in cfg.INPUT.WINDOWS:
         pair = isinstance(window, (list, tuple)) and len(window) == 2

@@ -27,6 +27,7 @@ from fvcore.common.registry import Registry
 
 from .anchor_generator import ClusteredAnchorGenerator
 from .backbone import (
+    build_hybrid3d_backbone,
     build_inception_v3_backbone,
     build_timm_backbone,
     build_timm_fpn_backbone,
@@ -97,7 +98,9 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     "MODEL.ROI_BOX_CASCADE_HEAD.": {_ROI_HEADS: _of(CascadeROIHeads)},
     "MODEL.ANCHOR_GENERATOR.CLUSTERS.": {_ANCHORS: _of(ClusteredAnchorGenerator)},
     "MODEL.ANCHOR_GENERATOR.PAIRS": {_ANCHORS: _of(ClusteredAnchorGenerator)},
-    "MODEL.TIMM.": {_BACKBONE: _of(build_timm_backbone, build_timm_fpn_backbone)},
+    "MODEL.TIMM.": {
+        _BACKBONE: _of(build_timm_backbone, build_timm_fpn_backbone, build_hybrid3d_backbone)
+    },
     "MODEL.TORCHVISION.": {
         _BACKBONE: _of(build_inception_v3_backbone),
         _ROI_HEADS: _of(InceptionV3ROIHeads),

@@ -49,7 +49,7 @@ def test_each_config_is_read_whole_and_so_is_what_it_is_dumped_as(config, tmp_pa
 def test_each_cell_of_each_experiment_is_read_whole():
     folder, composed = CONFIGS / "experiments", []
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        figures = ("figure2", "figure3", "figure4")
+        figures = ("figure2", "figure3", "figure4", "systems")
         for figure, hardware in itertools.product(figures, ("cpu", "gpu", "tiny")):
             opts = [f"hardware={hardware}", "data=phantom", "seeds=[0]", f"configs={CONFIGS}"]
             composed += build_cells(hydra.compose(figure, opts))
