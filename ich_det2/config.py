@@ -38,6 +38,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Datasets for model selection during training; DATASETS.TEST is touched once, at the end.
     cfg.DATASETS.VAL = ("ich_val",)
 
+    # Detectron2's INPUT.MASK_FORMAT "bitmask" asks for the masks of SegmentationObject/ or
+    # SegmentationClass/, in training and evaluation; without it they are not opened.
+
     # [level HU, width HU], one channel each; one window fills three channels. Images of 8 bit
     # (PNG, JPEG) are taken as windowed already.
     cfg.INPUT.WINDOWS = [[50.0, 100.0]]

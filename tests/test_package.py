@@ -28,6 +28,7 @@ PURE = {
     "ich_det2.data.dicom.window",
     "ich_det2.data.dicom.writing",
     "ich_det2.data.inspection",
+    "ich_det2.data.masks",
     "ich_det2.data.pictures",
     "ich_det2.data.prepare",
     "ich_det2.data.splits",

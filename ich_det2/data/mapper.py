@@ -9,6 +9,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.structures import Instances
 
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
@@ -38,6 +39,7 @@ class IchDatasetMapper:
         skull_mask: bool = False,
         density: bool = False,
         asymmetry: bool = False,
+        masks: bool = False,
         cache_dir: str | Path = "",
     ):
         """
@@ -51,6 +53,8 @@ class IchDatasetMapper:
             skull_mask: blank what lies outside of the skull, see :func:`find_skull`.
             density: the second of the three channels is :func:`density_picture`.
             asymmetry: the third of the three channels is :func:`asymmetry_picture`.
+            masks: in training "instances" have "gt_masks" and "gt_has_mask", bool (M,), where there
+                is a box: one whose mask is not known has an empty one, which teaches no mask.
             cache_dir: of a :class:`SliceCache`; "" for none.
 
         Raises:
@@ -85,6 +89,7 @@ class IchDatasetMapper:
         self.skull_mask = skull_mask
         self.density = density
         self.asymmetry = asymmetry
+        self.masks = masks
         self.cache = SliceCache(cache_dir) if cache_dir else None
         self.augmentations = T.AugmentationList(augmentations)
         self.windows = [(float(level), float(width)) for level, width in windows]
@@ -100,6 +105,7 @@ class IchDatasetMapper:
             "skull_mask": cfg.INPUT.SKULL_MASK,
             "density": cfg.INPUT.DENSITY,
             "asymmetry": cfg.INPUT.ASYMMETRY,
+            "masks": cfg.INPUT.MASK_FORMAT == "bitmask",
             "cache_dir": cfg.INPUT.CACHE_DIR,
         }
 
@@ -223,13 +229,30 @@ class IchDatasetMapper:
             dataset_dict["image"] = torch.cat([s[:1] for s in slices])
 
         if self.is_train and annotations is not None:
-            size = tuple(dataset_dict["image"].shape[1:])
-            instances = utils.annotations_to_instances(
-                [utils.transform_instance_annotations(a, transforms, size) for a in annotations],
-                size,
+            dataset_dict["instances"] = self._instances(
+                annotations, transforms, tuple(dataset_dict["image"].shape[1:])
             )
-            dataset_dict["instances"] = utils.filter_empty_instances(instances)
         return dataset_dict
+
+    def _instances(
+        self, annotations: list[dict], transforms: T.TransformList, size: tuple[int, int]
+    ) -> Instances:
+        """What is left of the annotations in a transformed slice of a size (H, W)."""
+        masks = [a.pop("segmentation", None) for a in annotations]
+        known = [self.masks and bool(mask) for mask in masks]
+        for a, mask, is_known in zip(annotations, masks, known):
+            if is_known:
+                a["segmentation"] = mask
+            utils.transform_instance_annotations(a, transforms, size)
+            if self.masks and not is_known:
+                a["segmentation"] = np.zeros(size, dtype=np.uint8)
+        instances = utils.annotations_to_instances(annotations, size, mask_format="bitmask")
+        keep = instances.gt_boxes.nonempty(threshold=1e-5)
+        if self.masks and annotations:
+            instances.gt_has_mask = torch.tensor(known)
+            # Of a lesion that has left the slice a corner of the turned box may be left.
+            keep &= instances.gt_masks.nonempty() | ~instances.gt_has_mask
+        return instances[keep]
 
 
 def _as_tensor(image: np.ndarray) -> torch.Tensor:

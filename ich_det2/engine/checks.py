@@ -268,6 +268,11 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
             f"TEST.DIAGNOSIS.PATIENCE is {cfg.TEST.DIAGNOSIS.PATIENCE}, but TEST.EVAL_PERIOD 0"
             " validates after the last iteration only; set a period, or PATIENCE 0."
         )
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT != "bitmask":
+        raise ValueError(
+            f"MODEL.MASK_ON is True with INPUT.MASK_FORMAT '{cfg.INPUT.MASK_FORMAT}', expected"
+            " 'bitmask': masks of slices are pixels."
+        )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         logger.warning(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True: no healthy slice is trained on."
@@ -296,6 +301,8 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
         read[name] = DatasetCatalog.get(name)
         check_images(read[name])
         _check_classes(cfg, name)
+    if cfg.MODEL.MASK_ON and not eval_only:
+        _check_masks(cfg.DATASETS.TRAIN, [d for name in cfg.DATASETS.TRAIN for d in read[name]])
     if cfg.TEST.DIAGNOSIS.SMOOTHING:
         scored = (cfg.DATASETS[role] for role in roles if role != "TRAIN")
         for name in dict.fromkeys(itertools.chain(*scored)):
@@ -317,6 +324,20 @@ def _check_classes(cfg: CfgNode, name: str) -> None:
         raise ValueError(
             f"{key} is {flatten(cfg)[key]}, but data set '{name}' has {len(classes)} classes"
             f" {list(classes)}{whose}; give as many, or leave {key} out."
+        )
+
+
+def _check_masks(names: Sequence[str], dicts: Sequence[dict]) -> None:
+    known = [bool(a.get("segmentation")) for d in dicts for a in d["annotations"]]
+    if not any(known):
+        raise ValueError(
+            f"MODEL.MASK_ON is True, but no box of {', '.join(names)} has a mask; add"
+            " SegmentationObject/ or SegmentationClass/ to the tree, or set MODEL.MASK_ON False."
+        )
+    if not all(known):
+        logger.warning(
+            "%d of %d boxes of %s have no mask; they teach no mask.",
+            *(known.count(False), len(known), ", ".join(names)),
         )
 
 

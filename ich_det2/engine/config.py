@@ -38,7 +38,7 @@ _CONTINUABLE = _PLACE | frozenset(
 _ANSWERS = re.compile(r"(INPUT|MODEL|TEST)\.|DATASETS\.ICH_CLASSES$")
 # Of these, what only a training reads, or how answers are judged.
 _NO_ANSWERS = re.compile(
-    r"INPUT\.(AUG|CROP)\.|INPUT\.RANDOM_FLIP|MODEL\.WEIGHTS|MODEL\.ANCHOR_GENERATOR\.CLUSTERS"
+    r"INPUT\.(AUG|CROP)\.|INPUT\.(RANDOM_FLIP|MASK_FORMAT)|MODEL\.WEIGHTS|MODEL\.ANCHOR_GENERATOR\.CLUSTERS"
     r"|.*_TRAIN(ING|_SAMPLING)?$|.*FREEZE|.*\.(COST|SAMPLER)\.|.*LOSS|.*(BATCH_SIZE_PER_IMAGE"
     r"|POSITIVE_FRACTION|IOU_THRESHOLDS|IOUS|PRIOR_PROB|POS_WEIGHT|BN_MOMENTUM|DROPOUT)$"
     r"|TEST\.(EVAL_PERIOD|EXPECTED_RESULTS|DIAGNOSIS(?!\.SMOOTHING(_IOU|_BOXES)?$))"
@@ -165,7 +165,8 @@ def context_settings(cfg: CfgNode) -> dict:
 
 def dataset_settings(cfg: CfgNode) -> dict:
     """What the mapper asks of a dataset, as arguments of :func:`register_ich_datasets`."""
-    return {**context_settings(cfg), "head_crop": cfg.INPUT.HEAD_CROP}
+    masks = cfg.INPUT.MASK_FORMAT == "bitmask"
+    return {**context_settings(cfg), "head_crop": cfg.INPUT.HEAD_CROP, "masks": masks}
 
 
 def first_line(error: BaseException) -> str:

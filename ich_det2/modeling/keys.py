@@ -125,7 +125,6 @@ _NOT_READ = {
     "INPUT.CROP.": "IchDatasetMapper does not crop at random; use INPUT.AUG.SHIFT and"
     " INPUT.AUG.SCALE, or INPUT.HEAD_CROP",
     "INPUT.FORMAT": "the channels are those of INPUT.WINDOWS, in their order",
-    "INPUT.MASK_FORMAT": _BOXES_ALONE,
     "TEST.AUG.": "each image is tested once, as it is",
     "TEST.KEYPOINT_OKS_SIGMAS": _BOXES_ALONE,
     "TEST.EXPECTED_RESULTS": "it is compared by --eval-only alone",
@@ -138,7 +137,7 @@ _NOT_READ = {
 # Of these, what is of an evaluation too.
 _OF_TESTS = re.compile(r"TEST\.AUG\.|MODEL\.LOAD_PROPOSALS$")
 # Switches of heads that only a data set of a user's own can train.
-_OWN_DATA = ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON")
+_OWN_DATA = ("MODEL.KEYPOINT_ON",)
 
 # Detectron2's parts that the data here cannot train.
 _NO_PARTS = {
@@ -151,6 +150,7 @@ _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 # Keys whose values are names, of which Detectron2 refuses others not before it needs them.
 _NAMES = {
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "DATALOADER.SAMPLER_TRAIN": (
         *("TrainingSampler", "RepeatFactorTrainingSampler", "PositiveShareSampler"),

@@ -103,7 +103,7 @@ BATCH_NORM = ("MODEL.RESNETS.NORM", "BN")
         (R50, ("TEST.AUG.ENABLED", True), "each image is tested once"),
         (R50, ("TEST.AUG.FLIP", False), "each image is tested once"),
         (R50, ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 30.0, 1.0]]), "by --eval-only alone"),
-        (R50, ("MODEL.MASK_ON", True), "'ich_train' has boxes alone"),
+        (R50, ("INPUT.MASK_FORMAT", "rle"), "expected polygon or bitmask"),
         (R50, ("MODEL.KEYPOINT_ON", True), "'ich_train' has boxes alone"),
         (R50, ("MODEL.LOAD_PROPOSALS", True), "proposals are the RPN's"),
         (R50, ("DATASETS.PROPOSAL_FILES_TRAIN", ("p.pkl",)), "proposals are the RPN's"),
@@ -132,7 +132,8 @@ def test_a_key_that_nothing_reads_is_refused(config, opts, message):
         ("MODEL.RPN.POSITIVE_FRACTION", 0.25),  # of the stock RPN
         ("INPUT.RANDOM_FLIP", "vertical", "MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou"),
         ("INPUT.MIN_SIZE_TRAIN", (400, 600), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
-        ("DATASETS.TRAIN", ("own_masks",), "MODEL.MASK_ON", True),
+        ("MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "bitmask"),
+        ("DATASETS.TRAIN", ("own_points",), "MODEL.KEYPOINT_ON", True),
         ("TEST.PRECISE_BN.ENABLED", True, "MODEL.RESNETS.DEPTH", 101),
         # What a training from random weights has written to its config.yaml.
         ("MODEL.WEIGHTS", "", "MODEL.TIMM.FREEZE_BN", False, *BATCH_NORM),
