@@ -181,8 +181,9 @@ def add_ich_config(cfg: CfgNode) -> None:
 
     # ---- classifiers of whole slices (META_ARCHITECTURE ImageClassifier) ---------------------
     cfg.MODEL.CLASSIFIER = CN()
-    # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionResNetV2,
-    # EfficientNetLite0, BHCNet, BHCNetLSTM or BHCNetGRU.
+    # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionV3,
+    # InceptionResNetV2, EfficientNetLite0, BHCNet, BHCNetLSTM, BHCNetGRU, GLCMNet, AlexNetSVM or
+    # AutoencoderAlexNetSVM.
     cfg.MODEL.CLASSIFIER.NAME = "DenseNet121"
     # Side of the network's square input, pixels; slices are scaled to it by their longer side.
     cfg.MODEL.CLASSIFIER.INPUT_SIZE = 224

@@ -94,6 +94,9 @@ class IchCheckpointer(DetectionCheckpointer):
             backbone = getattr(self.model, "backbone", None)
             channels = getattr(backbone, "network_channels", channels)
             adapt_input_weights(checkpoint["model"], channels)
+        for name, module in self.model.named_modules():
+            if hasattr(module, "take_sizes"):  # of a fitted part, as many as were found then
+                module.take_sizes(checkpoint["model"], f"{name}.")
         incompatible = super()._load_model(checkpoint)
         none_fits = len(incompatible.missing_keys) == len(self.model.state_dict())
         # Stock Detectron2 has no ratio k; it starts at its first value. A norm's count of batches

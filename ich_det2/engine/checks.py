@@ -127,6 +127,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         model = build_model(cfg)
     except (KeyError, AssertionError) as error:
         raise ValueError(f"{first_line(error)}.") from error
+    if getattr(model, "needs_fit", False) and not eval_only:
+        _check_labels(cfg)
     if continues:
         check_fits(model, checkpoint)
         return
@@ -355,6 +357,17 @@ def _check_places(name: str, dicts: Sequence[dict]) -> None:
             "%s: the place of %d of %d slices is not known, e.g. of %s: TEST.DIAGNOSIS.SMOOTHING"
             " leaves their scores as they are.",
             *(name, len(unknown), len(dicts), unknown[0]),
+        )
+
+
+def _check_labels(cfg: CfgNode) -> None:
+    dicts = itertools.chain(*map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
+    labels = [int(d.get("image_label", len(d["annotations"]) > 0)) for d in dicts]
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: the {len(labels)} slices are all of"
+            f" label {labels[0]}, but {cfg.MODEL.CLASSIFIER.NAME} is fitted to slices with and"
+            " without hemorrhage."
         )
 
 

@@ -20,7 +20,7 @@ from ..data.samplers import PositiveShareSampler
 from ..evaluation.evaluator import DiagnosisEvaluator
 from .checkpoint import IchCheckpointer
 from .config import is_classifier, learns_from_labels
-from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
+from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping, FitHook
 from .operating_point import choose_operating_point
 from .partitions import share_images
 from .report import write_reports
@@ -211,11 +211,17 @@ class IchTrainer(DefaultTrainer):
             own.append(best)
         if cfg.TEST.DIAGNOSIS.PATIENCE > 0:
             own.append(EarlyStopping(period, cfg.TEST.DIAGNOSIS.PATIENCE, best))
-        return [
+        built = [
             replacement
             for hook in super().build_hooks()
             for replacement in (own if isinstance(hook, hooks.EvalHook) else [hook])
         ]
+        model = self.checkpointer.model  # without the wrapper of several processes
+        if getattr(model, "needs_fit", False):
+            train, periods = list(cfg.DATASETS.TRAIN), (period, cfg.SOLVER.CHECKPOINT_PERIOD)
+            fit = FitHook(model, periods, lambda: self.build_test_loader(cfg, train))
+            built.insert(1, fit)  # behind the timer, ahead of what saves and validates
+        return built
 
     def test_best(self) -> dict:
         """Evaluates the best model by validation on ``DATASETS.TEST``, once.

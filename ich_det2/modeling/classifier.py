@@ -69,15 +69,31 @@ class ImageClassifier(nn.Module):
                 takes sequences, "sequence", (T, C, Hi, Wi); in training "image_label", 0 or 1.
 
         Returns:
-            In training "loss_cls", the mean binary cross-entropy; else N dicts with "image_score",
+            In training "loss_cls", the mean binary cross-entropy, and losses that the network
+            itself gives; else N dicts with "image_score",
             the probability of hemorrhage, a tensor without dimensions.
         """
-        logits = self.network(self.preprocess_image(batched_inputs)).squeeze(1)
+        found = self.network(self.preprocess_image(batched_inputs))
+        logits, losses = found if isinstance(found, tuple) else (found, {})
+        logits = logits.squeeze(1)
         if not self.training:
             return [{"image_score": score} for score in logits.float().sigmoid()]
         labels = logits.new_tensor([x["image_label"] for x in batched_inputs])
         loss = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=self.pos_weight)
-        return {"loss_cls": loss}
+        return {"loss_cls": loss, **losses}
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether a part of the network is fitted to the training set in place of being trained."""
+        return hasattr(self.network, "fit")
+
+    def embed(self, batched_inputs: list[dict]) -> torch.Tensor:
+        """What :meth:`fit` takes of each slice, (N, D); for a network that needs it."""
+        return self.network.embed(self.preprocess_image(batched_inputs))
+
+    def fit(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Fits the network to the features (N, D) and labels (N,) of whole training slices."""
+        self.network.fit(features, labels)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> torch.Tensor:
         """Scales, pads and normalizes; a slice comes out the same whatever is beside it.
