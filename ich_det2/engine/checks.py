@@ -108,7 +108,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         _check_training(cfg, num_processes)
     trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
     if continues or eval_only:
-        if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS:
+        if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS and _is_frozen(cfg):
             _thaw(cfg)
     if continues:
         take_trained_anchors(cfg, run.path)
@@ -399,14 +399,18 @@ def thaw_without_weights(cfg: CfgNode) -> None:
 
     Frozen batch norms that were never trained let a ResNet's features grow until they overflow.
     """
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    if cfg.MODEL.WEIGHTS or not frozen or is_classifier(cfg):
+    if cfg.MODEL.WEIGHTS or not _is_frozen(cfg):
         return
     _thaw(cfg)
     logger.warning(
         "MODEL.WEIGHTS is empty: training starts from random weights, so no layer and no batch norm"
         " of the backbone is frozen."
     )
+
+
+def _is_frozen(cfg: CfgNode) -> bool:
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    return frozen and not is_classifier(cfg)  # which has no backbone
 
 
 def _thaw(cfg: CfgNode) -> None:

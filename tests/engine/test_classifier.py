@@ -12,6 +12,8 @@ from torch import nn
 from ich_det2.engine import IchTrainer
 from ich_det2.engine.checkpoint import load_trained
 from ich_det2.engine.checks import check_config
+from ich_det2.engine.config import differences
+from ich_det2.engine.run_folder import RunFolder
 from ich_det2.inference.diagnoser import Diagnoser
 from ich_det2.inference.slices import find_slices
 from ich_det2.modeling import CLASSIFIER_REGISTRY, SVM
@@ -148,6 +150,17 @@ def test_pictures_have_one_window_for_all_channels(make_cfg):
     cfg = make_cfg("densenet121_windows")
     (image, _) = (x["image"] for x in next(iter(IchTrainer.build_test_loader(cfg, "ich_test"))))
     assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+
+
+def test_a_training_that_goes_on_or_is_tested_has_the_config_of_its_start(make_cfg, tmp_path):
+    cfg = make_cfg("lenet")
+    given = cfg.clone()
+    RunFolder(cfg.OUTPUT_DIR).begin(cfg)
+    train(cfg)
+    for eval_only in (False, True):
+        again = given.clone()
+        check_config(again, eval_only=eval_only, resume=True)
+        assert not differences(cfg, again).keys() - {"MODEL.WEIGHTS"}
 
 
 class SmallSVM(nn.Module):
