@@ -48,8 +48,8 @@ def add_ich_config(cfg: CfgNode) -> None:
     # 1 gives three channels, n gives 2 n + 1, for which MODEL.PIXEL_MEAN and PIXEL_STD need as many
     # values. 0: off.
     cfg.INPUT.CONTEXT_SLICES = 0
-    # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU) sees in order;
-    # at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.
+    # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU, RADNet) sees in
+    # order; at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.
     cfg.INPUT.SEQUENCE_SLICES = 0
     # Crop slices to the head: a square around the largest part that is neither air nor thin, over
     # all slices of a series, with a margin of 4 % on each side. Boxes are mapped back.
@@ -182,8 +182,8 @@ def add_ich_config(cfg: CfgNode) -> None:
     # ---- classifiers of whole slices (META_ARCHITECTURE ImageClassifier) ---------------------
     cfg.MODEL.CLASSIFIER = CN()
     # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionV3,
-    # InceptionResNetV2, EfficientNetLite0, BHCNet, BHCNetLSTM, BHCNetGRU, GLCMNet, AlexNetSVM or
-    # AutoencoderAlexNetSVM.
+    # InceptionResNetV2, EfficientNetLite0, BHCNet, BHCNetLSTM, BHCNetGRU, GLCMNet, AlexNetSVM,
+    # AutoencoderAlexNetSVM or RADNet.
     cfg.MODEL.CLASSIFIER.NAME = "DenseNet121"
     # Side of the network's square input, pixels; slices are scaled to it by their longer side.
     cfg.MODEL.CLASSIFIER.INPUT_SIZE = 224

@@ -20,9 +20,11 @@ S, or as ``obj(cfg)`` where it has ``from_config``, and must give a module that 
 logits (N, 1), or, where its attribute ``takes_sequence`` is true, (N, T, 3, S, S) to the logits of
 the middle slices. For images of C channels other than 3 its first convolution is adapted.
 
-In training it may give ``(logits, losses)``, losses by name, which are added. One with ``embed``,
-from images to features (N, D), and ``fit(features, labels)`` is fitted to the training set before
-each validation and checkpoint.
+In training it may give ``(logits, losses)``, losses by name, which are added, and where its
+attribute ``takes_maps`` is true it then gets :meth:`ImageClassifier.lesion_maps` too.
+
+One with ``embed``, from images to features (N, D), and ``fit(features, labels)`` is fitted to the
+training set before each validation and checkpoint.
 """
 
 

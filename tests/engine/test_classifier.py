@@ -30,7 +30,7 @@ CONFIGS = (
     *("lenet", "alexnet", "googlenet", "densenet121", "inception_resnet_v2"),
     *("effnet_lite0", "bhcnet", "bhcnet_lstm", "bhcnet_gru"),
     *("inception_v3_windows", "densenet121_windows", "glcm"),
-    *("alexnet_svm", "autoencoder_alexnet_svm"),
+    *("alexnet_svm", "autoencoder_alexnet_svm", "radnet"),
 )
 
 
@@ -237,6 +237,7 @@ def test_sequences_of_pictures_are_ordered_by_name(make_cfg, caplog):
         ("densenet121_windows", "dicom"),
         ("glcm", "png"),
         ("alexnet_svm", "png"),
+        ("radnet", "dicom"),
     ],
 )
 def test_diagnosis_of_files_gives_the_scores_of_the_evaluation(

@@ -36,6 +36,15 @@ PARAMETERS = {
     "BHCNet": BHCNET,
     "BHCNetLSTM": BHCNET + 2 * 4 * GATE,
     "BHCNetGRU": BHCNET + 2 * 3 * GATE,
+    # DenseNet-121's features without the third transition and the fourth block, whose 16 layers see
+    # 512 + 32 i channels; the map, 2 x 1024 features to 128 units, BHCNetLSTM's recurrent layer.
+    "RADNet": 6_953_856
+    - (2 * 1024 + 1024 * 512)
+    - (130 * 12_032 + 16 * (2 * 128 + 128 * 288))
+    + 1025
+    + 2049 * 128
+    + 2 * 4 * GATE
+    + 129,
     "AlexNetSVM": ALEXNET,
     # A convolution of the heat map, and 3 x 3 there, 4 x 4 back, of 16, 32, 32 and 16 filters.
     "AutoencoderAlexNetSVM": ALEXNET
