@@ -96,7 +96,7 @@ class IchCheckpointer(DetectionCheckpointer):
             adapt_input_weights(checkpoint["model"], channels)
         for name, module in self.model.named_modules():
             if hasattr(module, "take_sizes"):  # of a fitted part, as many as were found then
-                module.take_sizes(checkpoint["model"], f"{name}.")
+                module.take_sizes(checkpoint["model"], f"{name}." if name else "")
         incompatible = super()._load_model(checkpoint)
         none_fits = len(incompatible.missing_keys) == len(self.model.state_dict())
         # Stock Detectron2 has no ratio k; it starts at its first value. A norm's count of batches

@@ -116,7 +116,12 @@ class GLCMNet(BHCNet):
 
         Returns:
             Square roots of co-occurrence, (N, R, K, L, L), tiles row by row.
+
+        Raises:
+            ValueError: if the network is traced, as for ONNX.
         """
+        if torch.jit.is_tracing():  # the counts of one slice would stand for those of all
+            raise ValueError("GLCMNet counts with scikit-image, which no graph holds.")
         grey = (x.float() * self.pixel_std + self.pixel_mean).mean(dim=1)
         slices = grey_levels(grey).cpu().numpy()
         images = [

@@ -53,7 +53,7 @@ class SVM(nn.Module):
 
         Where a label has two slices or more, the logits are a logistic regression on decisions
         about slices that were left out, in ``FOLDS`` parts of the given order or as many as a label
-        has slices; else the decisions themselves.
+        has slices; else the decisions themselves. The time grows with the square of N.
 
         Args:
             features: (N, D).

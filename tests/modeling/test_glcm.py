@@ -69,6 +69,11 @@ def test_the_texture_alone_changes_the_logit(slices):
     assert one != black and one == pytest.approx(moved.item())
 
 
+def test_it_is_not_traced(slices):
+    with pytest.raises(ValueError, match="counts with scikit-image, which no graph holds"):
+        torch.jit.trace(GLCMNet(64).eval(), slices)
+
+
 def test_the_config_says_how_images_are_normalized(tiny_cfg):
     cfg = tiny_cfg("MODEL.PIXEL_MEAN", "[9.0, 8.0, 7.0]", config="classifier_glcm.yaml")
     assert build_model(cfg).network.pixel_mean.flatten().tolist() == [9, 8, 7]

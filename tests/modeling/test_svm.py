@@ -71,6 +71,10 @@ def test_one_slice_of_a_label_leaves_the_decision_as_the_logit():
 
 
 def test_a_checkpoint_says_how_many_support_vectors_there_are(sample, fitted, tmp_path):
+    IchCheckpointer(fitted, str(tmp_path)).save("alone")
+    alone = SVM(40)
+    IchCheckpointer(alone).load(str(tmp_path / "alone.pth"))
+    assert torch.equal(alone(sample[0]), fitted(sample[0]))
     IchCheckpointer(nn.ModuleDict({"network": fitted}), str(tmp_path)).save("model")
     read = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     loaded, plain = nn.ModuleDict({"network": SVM(40)}), nn.ModuleDict({"network": SVM(40)})
