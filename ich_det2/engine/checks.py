@@ -362,7 +362,7 @@ def _check_places(name: str, dicts: Sequence[dict]) -> None:
 
 def _check_labels(cfg: CfgNode) -> None:
     dicts = itertools.chain(*map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
-    labels = [int(d.get("image_label", len(d["annotations"]) > 0)) for d in dicts]
+    labels = [int(d.get("image_label", len(d.get("annotations", ())) > 0)) for d in dicts]
     if len(set(labels)) < 2:
         raise ValueError(
             f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: the {len(labels)} slices are all of"

@@ -132,9 +132,9 @@ class InceptionV3(models.Inception3):
     It is left out as :class:`GoogLeNet`'s are. Weights start as PyTorch's layers do: torchvision's
     own, of one spread for all, start with logits far from 0.
 
-    Menon et al. ("Intracranial hemorrhage detection") had Inception V3 and DenseNet see windows
-    made for small bleeds. Their windows, training and weights were not at hand: those of
-    ``configs/classifier_*_windows.yaml`` are chosen here.
+    Menon et al. had Inception V3 and DenseNet see windows made for small bleeds. Their windows,
+    training and weights were not at hand: those of ``configs/classifier_*_windows.yaml`` are chosen
+    here.
     """
 
     def __init__(self, input_size: int = 299):

@@ -56,8 +56,8 @@ class SVM(nn.Module):
         has slices; else the decisions themselves. The time grows with the square of N.
 
         Args:
-            features: (N, D).
-            labels: (N,), 0 or 1, of which both have to be there.
+            features: (N, D), on any device.
+            labels: (N,), 0 or 1, of which both have to be there. Slices weigh alike.
 
         Raises:
             ValueError: if there is but one label, or a feature is not finite.
@@ -77,8 +77,8 @@ class SVM(nn.Module):
                 "the features that a support vector machine is fitted to hold NaN or infinity: the"
                 " training diverged; train again with a lower SOLVER.BASE_LR."
             )
-        x = features.double()
-        mean, scale = x.mean(dim=0), x.std(dim=0, correction=0)
+        features = features.to(self.mean.device).double()
+        mean, scale = features.mean(dim=0), features.std(dim=0, correction=0)
         scale = torch.where(scale > 1e-6 * mean.abs(), scale, 1)  # what varies by rounding alone
         self._set(mean=mean, scale=scale)
         x, y = self.standardize(features).double().cpu().numpy(), labels.long().cpu().numpy()
