@@ -137,6 +137,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # The least score of a box that is refined; each takes as long again as in the second stage.
     cfg.MODEL.ROI_HEADS.REFINE_THRESH_TEST = 0.0
 
+    # Detectron2's MODEL.MASK_ON gives all ROI heads here but RFCNROIHeads a mask head; the one of
+    # MODEL.ROI_MASK_HEAD.NAME KnownMaskHead learns no mask from a box without one.
+
     # ---- timm backbones (build_timm_backbone) ------------------------------------------------
     cfg.MODEL.TIMM = CN()
     # Any name that timm.create_model takes and that offers feature maps.

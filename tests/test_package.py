@@ -57,6 +57,7 @@ PURE = {
     "ich_det2.evaluation.smoothing",
     "ich_det2.evaluation.worklist",
     "ich_det2.evaluation.visualize",
+    "ich_det2.evaluation.volumes",
     "ich_det2.files",
     "ich_det2.inference",
     "ich_det2.inference.outputs",

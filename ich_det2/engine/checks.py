@@ -12,12 +12,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from .. import zoo
 from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import metric_names
+from ..modeling import KnownMaskHead
 from ..modeling.keys import THAWED, check_read_keys
 from ..modeling.weights import LIBRARY_PREFIXES
 from .anchors import fill_anchors, take_trained_anchors
@@ -28,6 +30,7 @@ from .config import (
     differences,
     first_line,
     flatten,
+    has_all_masks,
     is_classifier,
     is_retinanet,
     load_config,
@@ -113,10 +116,10 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     if continues:
         take_trained_anchors(cfg, run.path)
         run.check_continues(cfg)
-    _check_data(cfg, eval_only)
+    read = _check_data(cfg, eval_only)
     _check_read(cfg, trained if continues or eval_only else None, training=not eval_only)
     if not eval_only:
-        _check_best_metric(cfg)
+        _check_best_metric(cfg, read)
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:
         take_trained_anchors(cfg)
@@ -289,8 +292,12 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
         )
 
 
-def _check_data(cfg: CfgNode, eval_only: bool) -> None:
-    """Data sets are there and fit the model, their images can be read; says who is in two roles."""
+def _check_data(cfg: CfgNode, eval_only: bool) -> dict[str, list[dict]]:
+    """Data sets are there and fit the model, their images can be read; says who is in two roles.
+
+    Returns:
+        Dataset dicts by name of the data set.
+    """
     register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **dataset_settings(cfg))
     roles = ("TEST",) if eval_only else ROLES
     if eval_only and not cfg.DATASETS.TEST:
@@ -304,7 +311,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
         check_images(read[name])
         _check_classes(cfg, name)
     if cfg.MODEL.MASK_ON and not eval_only:
-        _check_masks(cfg.DATASETS.TRAIN, [d for name in cfg.DATASETS.TRAIN for d in read[name]])
+        _check_masks(cfg, [d for name in cfg.DATASETS.TRAIN for d in read[name]])
     if cfg.TEST.DIAGNOSIS.SMOOTHING:
         scored = (cfg.DATASETS[role] for role in roles if role != "TRAIN")
         for name in dict.fromkeys(itertools.chain(*scored)):
@@ -316,6 +323,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             " the evaluation is too optimistic.",
             *(first, other, len(shared), patient, *shared[patient]),
         )
+    return read
 
 
 def _check_classes(cfg: CfgNode, name: str) -> None:
@@ -329,18 +337,27 @@ def _check_classes(cfg: CfgNode, name: str) -> None:
         )
 
 
-def _check_masks(names: Sequence[str], dicts: Sequence[dict]) -> None:
+def _check_masks(cfg: CfgNode, dicts: Sequence[dict]) -> None:
     known = [bool(a.get("segmentation")) for d in dicts for a in d["annotations"]]
+    names = ", ".join(cfg.DATASETS.TRAIN)
     if not any(known):
         raise ValueError(
-            f"MODEL.MASK_ON is True, but no box of {', '.join(names)} has a mask; add"
-            " SegmentationObject/ or SegmentationClass/ to the tree, or set MODEL.MASK_ON False."
+            f"MODEL.MASK_ON is True, but no box of {names} has a mask; add SegmentationObject/ or"
+            " SegmentationClass/ to the tree, or set MODEL.MASK_ON False."
         )
-    if not all(known):
-        logger.warning(
-            "%d of %d boxes of %s have no mask; they teach no mask.",
-            *(known.count(False), len(known), ", ".join(names)),
+    if all(known):
+        return
+    head, unknown = cfg.MODEL.ROI_MASK_HEAD.NAME, known.count(False)
+    if head in ROI_MASK_HEAD_REGISTRY and not issubclass(
+        ROI_MASK_HEAD_REGISTRY.get(head), KnownMaskHead
+    ):
+        raise ValueError(
+            f"{unknown} of {len(known)} boxes of {names} have no mask, which MODEL.ROI_MASK_HEAD"
+            f".NAME {head} would take for empty ones; set {KnownMaskHead.__name__}."
         )
+    logger.warning(
+        "%d of %d boxes of %s have no mask; they teach no mask.", unknown, len(known), names
+    )
 
 
 def _check_places(name: str, dicts: Sequence[dict]) -> None:
@@ -371,14 +388,18 @@ def _check_labels(cfg: CfgNode) -> None:
         )
 
 
-def _check_best_metric(cfg: CfgNode) -> None:
+def _check_best_metric(cfg: CfgNode, read: dict[str, list[dict]]) -> None:
     metric, sets = cfg.TEST.DIAGNOSIS.BEST_METRIC, cfg.DATASETS.VAL
-    names = [
+    names = []
+    for name in sets:
+        annotations = [a for d in read[name] for a in d["annotations"]]
+        metrics = metric_names(
+            None if is_classifier(cfg) else _classes_of(cfg, name),
+            masks=cfg.MODEL.MASK_ON and any(a.get("segmentation") for a in annotations),
+            segm=cfg.MODEL.MASK_ON and has_all_masks(read[name]),
+        )
         # As DefaultTrainer.test names the results of several data sets.
-        f"{name}/{metric}" if len(sets) > 1 else metric
-        for name in sets
-        for metric in metric_names(None if is_classifier(cfg) else _classes_of(cfg, name))
-    ]
+        names += [f"{name}/{metric}" if len(sets) > 1 else metric for metric in metrics]
     if metric not in names:
         close = ", ".join(difflib.get_close_matches(metric, names, 3, 0))
         raise ValueError(

@@ -165,8 +165,18 @@ def context_settings(cfg: CfgNode) -> dict:
 
 def dataset_settings(cfg: CfgNode) -> dict:
     """What the mapper asks of a dataset, as arguments of :func:`register_ich_datasets`."""
-    masks = cfg.INPUT.MASK_FORMAT == "bitmask"
-    return {**context_settings(cfg), "head_crop": cfg.INPUT.HEAD_CROP, "masks": masks}
+    crop, masks = cfg.INPUT.HEAD_CROP, reads_masks(cfg)
+    return {**context_settings(cfg), "head_crop": crop, "masks": masks}
+
+
+def reads_masks(cfg: CfgNode) -> bool:
+    """Whether the masks of a data set are read, for training or evaluation."""
+    return cfg.INPUT.MASK_FORMAT == "bitmask"
+
+
+def has_all_masks(dicts: Sequence[dict]) -> bool:
+    """Whether each box of a data set has a mask, as COCO's evaluation of masks asks for."""
+    return all(a.get("segmentation") for d in dicts for a in d["annotations"])
 
 
 def first_line(error: BaseException) -> str:

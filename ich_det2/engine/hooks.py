@@ -17,7 +17,7 @@ from ..evaluation.plots import plot_history
 from ..files import write_atomically, write_csv
 from .run_folder import RunFolder
 
-LOWER_IS_BETTER = ("expected_cost", "_fp", "_fn")
+LOWER_IS_BETTER = ("expected_cost", "_fp", "_fn", "volume_error")
 """Ends of the names of metrics whose smallest value is the best."""
 
 

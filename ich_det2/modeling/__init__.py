@@ -13,6 +13,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
     from .ensemble import EnsembleRCNN
     from .glcm import GLCMNet
     from .inception_roi_heads import InceptionV3ROIHeads
+    from .mask_head import KnownMaskHead
     from .radnet import RADNet
     from .rfcn_roi_heads import RFCNROIHeads
     from .roi_heads import (
@@ -43,6 +44,7 @@ __all__ = [
     "GLCMNet",
     "ImageClassifier",
     "InceptionV3ROIHeads",
+    "KnownMaskHead",
     "RADNet",
     "RFCNROIHeads",
     "TimmBackbone",

@@ -22,7 +22,7 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 from detectron2.modeling.proposal_generator.rpn import RPN, RPN_HEAD_REGISTRY
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from fvcore.common.registry import Registry
 
 from .anchor_generator import ClusteredAnchorGenerator
@@ -95,6 +95,8 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
         _ROI_HEADS: _of(CostSensitiveMixin, RFCNROIHeads, but=CascadeROIHeads)
     },
     "MODEL.ROI_HEADS.REFINE_": {_ROI_HEADS: _of(CostSensitiveROIHeads)},
+    "MODEL.MASK_ON": {_ROI_HEADS: _of(StandardROIHeads, Res5ROIHeads)},
+    "MODEL.ROI_MASK_HEAD.": {_ROI_HEADS: _of(StandardROIHeads, Res5ROIHeads)},
     "MODEL.ROI_BOX_CASCADE_HEAD.": {_ROI_HEADS: _of(CascadeROIHeads)},
     "MODEL.ANCHOR_GENERATOR.CLUSTERS.": {_ANCHORS: _of(ClusteredAnchorGenerator)},
     "MODEL.ANCHOR_GENERATOR.PAIRS": {_ANCHORS: _of(ClusteredAnchorGenerator)},

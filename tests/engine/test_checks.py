@@ -462,5 +462,8 @@ def test_a_mask_head_needs_masks(cfg_on, tmp_path, caplog):
     folder = Path(cfg.DATASETS.ICH_ROOT) / "SegmentationClass"
     folder.mkdir()
     Image.fromarray(np.ones((48, 64), np.uint8)).save(folder / "a.png")
+    with pytest.raises(ValueError, match="1 of 2 boxes .* have no mask, .* set KnownMaskHead"):
+        check(cfg)
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "KnownMaskHead"
     check(cfg)
     assert "1 of 2 boxes of ich_train have no mask; they teach no mask" in caplog.text
