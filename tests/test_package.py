@@ -43,6 +43,7 @@ PURE = {
     "ich_det2.dicom_out.key_objects",
     "ich_det2.dicom_out.presentation",
     "ich_det2.dicom_out.report",
+    "ich_det2.dicom_out.segmentation",
     "ich_det2.dicom_out.study",
     "ich_det2.dicom_out.write",
     "ich_det2.evaluation.analysis",
