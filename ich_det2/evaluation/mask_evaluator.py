@@ -137,6 +137,9 @@ class MaskEvaluator(DatasetEvaluator):
                 return {}
         # The samplers of several processes may hand an image out twice.
         slices = sorted({s.image: s for s in slices}.values(), key=lambda s: s.image)
+        if not slices:
+            logger.warning("The model gives no masks: Dice and volumes are not evaluated.")
+            return {}
         known = [s for s in slices if s.true is not None]
         if not any(s.true[ALL] for s in known):
             logger.warning("No true mask is known: Dice and volumes are not evaluated.")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import build_model
 
 from ich_det2 import diagnose
 from ich_det2.data.dicom import read_spacing
@@ -92,6 +93,21 @@ def test_a_box_without_a_mask_is_trained_on_by_the_head_that_knows(train, phanto
     trainer, _ = train(2, *root)
     # No mask of validation or test is known.
     assert set(flatten_results_dict(trainer.test_best())) == set(metric_names(["hemorrhage"]))
+
+
+def test_the_pyramid_takes_masks_where_bleeds_have_cells(tiny_cfg):
+    opts = (
+        "MODEL.ANCHOR_GENERATOR.SIZES",
+        "[[8.0], [16.0], [32.0]]",
+        "MODEL.FPN.OUT_CHANNELS",
+        "32",
+    )
+    model = build_model(tiny_cfg(*opts, config="mask_rcnn_effnet_lite0_fpn.yaml")).eval()
+    poolers = model.roi_heads.mask_pooler.level_poolers
+    assert [round(1 / p.spatial_scale) for p in poolers] == [8, 16, 32]
+    with torch.no_grad():
+        (found,) = model([{"image": torch.rand(3, 64, 64) * 255, "height": 96, "width": 96}])
+    assert found["instances"].pred_masks.shape[1:] == (96, 96) and len(found["instances"])
 
 
 def test_its_diagnosis_has_masks_and_volumes(write_run, phantom_tree, tmp_path):

@@ -140,3 +140,10 @@ def test_without_spacing_there_is_dice_alone(evaluate, tmp_path):
 def test_without_true_masks_nothing_is_evaluated(evaluate, tmp_path, caplog):
     assert evaluate([("a", [annotation(None)], [(mask((0, 1), (0, 1)), 0.9, 0)])]) == {}
     assert "No true mask is known" in caplog.text and not (tmp_path / "out").exists()
+
+
+def test_a_model_without_masks_is_passed_over(caplog):
+    evaluator = MaskEvaluator(classes=["a"], threshold=0.5, truth=[], distributed=False)
+    found = Instances((20, 30), scores=torch.ones(1), pred_classes=torch.zeros(1).long())
+    evaluator.process([{"image_id": "s"}] * 2, [{"instances": found}, {"image_score": 0.3}])
+    assert evaluator.evaluate() == {} and "The model gives no masks" in caplog.text
