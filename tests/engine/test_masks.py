@@ -9,6 +9,8 @@ import pytest
 import torch
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 from ich_det2 import diagnose
 from ich_det2.data.dicom import read_spacing
@@ -108,6 +110,40 @@ def test_the_pyramid_takes_masks_where_bleeds_have_cells(tiny_cfg):
     with torch.no_grad():
         (found,) = model([{"image": torch.rand(3, 64, 64) * 255, "height": 96, "width": 96}])
     assert found["instances"].pred_masks.shape[1:] == (96, 96) and len(found["instances"])
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "DiagnosisRCNN"])
+def test_masks_are_of_the_boxes_after_votes_and_refinement(tiny_cfg, architecture):
+    opts = ("MODEL.ROI_HEADS.VOTE_THRESH_TEST", "0.3", "MODEL.ROI_HEADS.REFINE_TEST", "2")
+    opts += ("MODEL.META_ARCHITECTURE", architecture, "TEST.DETECTIONS_PER_IMAGE", "5")
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg(*opts, config="csmask_rcnn_effnet_lite0.yaml")).eval()
+    inputs = [{"image": torch.rand(3, 64, 64) * 255, "height": 96, "width": 96}]
+    with torch.no_grad():
+        found = model(inputs)[0]["instances"]
+        again = Instances((64, 64), pred_boxes=found.pred_boxes.clone())
+        again.pred_boxes.scale(64 / 96, 64 / 96)
+        again.pred_classes, again.scores = found.pred_classes, found.scores
+        given = model.inference(inputs, [again])[0]["instances"]
+    assert len(found) and found.pred_masks.any()
+    # The mask of the same box, up to what scaling it there and back rounds.
+    assert (found.pred_masks != given.pred_masks).float().mean() < 1e-3
+
+
+def test_slices_without_boxes_teach_no_mask(tiny_cfg):
+    """DiagnosisRCNN: a bleeding slice without boxes trains the image head alone."""
+    cfg = tiny_cfg(
+        "MODEL.META_ARCHITECTURE", "DiagnosisRCNN", config="csmask_rcnn_effnet_lite0.yaml"
+    )
+    model = build_model(cfg).train()
+    gt = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)))
+    gt.gt_classes = torch.zeros(0, dtype=torch.int64)
+    inputs = {"image": torch.rand(3, 64, 64) * 255, "image_label": 1, "instances": gt}
+    with EventStorage():
+        losses = model([inputs, inputs])
+        assert losses["loss_mask"] == 0 < losses["loss_image"]
+        sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.roi_heads.mask_head.parameters())
 
 
 def test_its_diagnosis_has_masks_and_volumes(write_run, phantom_tree, tmp_path):
