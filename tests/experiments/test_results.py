@@ -77,6 +77,13 @@ def test_results_are_named_by_split_and_level(tmp_path):
     found = RunFolder(tmp_path).read_results()
     assert found["val/operating_threshold"] == 0.5 and found["test/image/recall"] == 0.25
     assert math.isnan(found["test/image/auc"]) and len(found) == 6
+    masks = {"dice": 0.75, "slice_dice": 0.5, "volume_error": None, "threshold": 0.5}
+    (tmp_path / "inference/ich_test/masks.json").write_text(json.dumps(masks))
+    more = RunFolder(tmp_path).read_results()
+    assert more["test/masks/dice"] == 0.75 and math.isnan(more["test/masks/volume_error"])
+    assert more.keys() - found.keys() == {
+        f"test/masks/{key}" for key in ("dice", "slice_dice", "volume_error")
+    }
 
 
 def test_curves_over_thresholds_by_hand():
