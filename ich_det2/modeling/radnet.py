@@ -24,12 +24,12 @@ class RADNet(nn.Module):
     in CT Scans", arXiv:1710.04934) name these parts: DenseNet, attention to bleeding regions, a
     recurrent layer over neighbouring slices, and a verdict on the scan from its slices. The layers'
     sizes and how the parts are joined are chosen here: torchvision's DenseNet-121 without its last
-    block, so that maps have stride 16; a convolution of 1 x 1 as the lesion map, which learns by
-    binary cross-entropy from the boxes (or masks) of the middle slice, and from no slice that
-    bleeds but has none; features weighted by the map's probabilities beside their mean; 128 units
-    with ReLU and dropout 0.5; 64 units of an LSTM in each direction over 2
-    ``INPUT.SEQUENCE_SLICES`` + 1 slices, of which the middle one is scored. The scan's verdict is
-    the first of ``TEST.DIAGNOSIS.PATIENT_RULES``.
+    block, so that maps have stride 16; a convolution of 1 x 1 as the lesion map, which learns from
+    the boxes (or masks) of the middle slice by binary cross-entropy, in which lesions and the rest
+    weigh alike, and from no slice that bleeds but has none; features weighted by the map's
+    probabilities beside their mean; 128 units with ReLU and dropout 0.5; 64 units of an LSTM in
+    each direction over 2 ``INPUT.SEQUENCE_SLICES`` + 1 slices, of which the middle one is scored.
+    The scan's verdict is the first of ``TEST.DIAGNOSIS.PATIENT_RULES``.
     """
 
     takes_sequence = True
@@ -76,7 +76,9 @@ class RADNet(nn.Module):
 
     @staticmethod
     def map_loss(map_logits: torch.Tensor, lesion_maps: torch.Tensor) -> torch.Tensor:
-        """Mean binary cross-entropy over the cells of the slices whose lesions are known.
+        """Binary cross-entropy over the cells of the slices whose lesions are known.
+
+        The cells of lesions, which are few, and all others weigh alike: the mean of their means.
 
         Args:
             map_logits: (N, 1, h, w).
@@ -87,7 +89,10 @@ class RADNet(nn.Module):
         known = ~targets.isnan()
         if not known.any():
             return 0 * map_logits.sum()  # every layer still takes part, see DiagnosisRCNN
-        return F.binary_cross_entropy_with_logits(map_logits[known], targets[known])
+        lesion, other = targets[known], 1 - targets[known]
+        weight = lesion / lesion.sum().clamp(min=1) + other / other.sum().clamp(min=1)
+        losses = F.binary_cross_entropy_with_logits(map_logits[known], lesion, reduction="none")
+        return (weight * losses).sum() / 2
 
     def forward(self, x: torch.Tensor, lesion_maps: torch.Tensor | None = None):
         """

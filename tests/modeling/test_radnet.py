@@ -22,9 +22,11 @@ def test_the_maps_loss_is_of_slices_whose_lesions_are_known():
     logits[0, 0, 0, 1] = math.log(3)
     lesions = torch.zeros(2, 4, 4)
     lesions[0, 1, 3], lesions[1] = 1, torch.nan  # a pixel of the cell that scores 3 / 4
-    # -log of 3/4, and three times of 1 - 1/2.
-    expected = -(math.log(3 / 4) + 3 * math.log(1 / 2)) / 4
+    # The mean of -log 3/4, of the one cell in a lesion, and -log(1 - 1/2), of each of the others.
+    expected = -(math.log(3 / 4) + math.log(1 / 2)) / 2
     assert RADNet.map_loss(logits, lesions).item() == pytest.approx(expected)
+    healthy = RADNet.map_loss(logits[1:], torch.zeros(1, 4, 4))
+    assert healthy.item() == pytest.approx(-math.log(1 / 2) / 2)
     nothing = logits.clone().requires_grad_()
     loss = RADNet.map_loss(nothing, lesions * torch.nan)
     loss.backward()
