@@ -150,14 +150,15 @@ class ImageClassifier(nn.Module):
 
 
 def _lesion_mask(instances: Instances) -> torch.Tensor:
-    """Of a slice's lesions, (Hi, Wi), 1 in one of them, else 0."""
-    size = instances.image_size
+    """Of a slice's lesions, (Hi, Wi), 1 in one of them, else 0; of one without mask its box."""
+    size, boxes = instances.image_size, instances.gt_boxes
+    mask = torch.zeros(size)
     if instances.has("gt_masks"):
         masks = instances.gt_masks
         if isinstance(masks, PolygonMasks):
             masks = BitMasks.from_polygon_masks(masks, *size)
-        return masks.tensor.any(dim=0).float().cpu()
-    mask = torch.zeros(size)
-    for x0, y0, x1, y1 in instances.gt_boxes.tensor.tolist():
+        mask += masks.tensor.any(dim=0).cpu()
+        boxes = boxes[~masks.nonempty()]
+    for x0, y0, x1, y1 in boxes.tensor.tolist():
         mask[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)] = 1
     return mask

@@ -73,7 +73,7 @@ def test_a_bleed_at_no_known_place_teaches_no_map(model):
     assert both["loss_map"] > 0 and alone["loss_map"] == 0 < alone["loss_cls"]
 
 
-def test_masks_take_the_place_of_boxes(model):
+def test_masks_take_the_place_of_boxes_where_there_are_some(model):
     box = [[8, 16, 20, 40]]
     bits = torch.zeros(1, 64, 32, dtype=torch.bool)
     bits[0, 20:30, 10:14] = True
@@ -83,6 +83,10 @@ def test_masks_take_the_place_of_boxes(model):
     for masks in (BitMasks(bits), corners):
         (lesions,) = model.lesion_maps([slice_of(box, 1, masks=masks)])
         assert torch.equal(lesions, expected)
+    more = [*box, [24, 40, 32, 48]]
+    (lesions,) = model.lesion_maps([slice_of(more, 1, masks=BitMasks(torch.cat([bits, 0 * bits])))])
+    expected[20:24, 12:16] = 1
+    assert torch.equal(lesions, expected)
 
 
 # ---- the sequence --------------------------------------------------------------------------------
