@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 
 VOID = 255
 """VOC's value of a mask's pixels of which nothing is said."""
@@ -68,8 +69,9 @@ def share_among_boxes(
 ) -> list[np.ndarray | None]:
     """Shares a mask of all lesions of a slice among their boxes.
 
-    A pixel in several boxes is of the smallest of them, so that none counts twice; one in no box
-    is nobody's. The boxes stay as they were drawn.
+    A pixel in several boxes is of the smallest of them, so that none counts twice. Where a
+    connected part reaches beyond its boxes, the rest goes with the box that has most of it; a part
+    in no box is nobody's. The boxes stay as they were drawn.
 
     Args:
         mask: bool (H, W).
@@ -84,4 +86,9 @@ def share_among_boxes(
         filled.append(np.zeros_like(mask))
         filled[-1][rows, columns] = True
     labels = np.where(mask, labels_of_masks(filled, mask.shape), 0)
+    parts, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    for part, where in enumerate(ndimage.find_objects(parts), start=1):
+        own, found = parts[where] == part, labels[where]
+        if (inside := found[own & (found > 0)]).size:
+            found[own & (found == 0)] = np.bincount(inside).argmax()
     return masks_of_labels(labels, len(boxes))

@@ -167,8 +167,8 @@ class VocTree:
         """The mask of each object of an image's XML, in its order.
 
         ``SegmentationObject/`` has each object's pixels. Where there is but ``SegmentationClass/``
-        an object has the pixels in its box, see ``masks.share_among_boxes``; those in no box are
-        nobody's.
+        an object has the pixels in its box and what is connected with them, see
+        ``masks.share_among_boxes``; what is in no box is nobody's.
 
         Returns:
             bool (H, W) for each object; None where its mask is not known.

@@ -37,18 +37,22 @@ def test_void_is_nobodys():
 
 
 def test_a_mask_is_shared_among_its_boxes_and_no_pixel_counts_twice():
-    mask = np.ones((4, 8), bool)
-    # 4 x 6 and 2 x 3 pixels, which meet in columns 4 and 5 of rows 0 and 1; then one beside them
-    # that overlaps none, and one of no pixel's middle.
-    boxes = [(0, 0, 6, 4), (4, 0, 7, 2), (7, 3, 8, 4), (7.6, 0, 8, 0.4)]
-    shares = share_among_boxes(mask, boxes)
-    assert [None if s is None else int(s.sum()) for s in shares] == [24 - 4, 6, 1, None]
-    assert sum(s.astype(int) for s in shares[:3]).max() == 1
-    # A mask that misses a box says nothing of what is in it.
-    assert share_among_boxes(np.zeros((4, 8), bool), boxes[:1]) == [None]
+    mask = np.zeros((6, 9), bool)
+    mask[:4, :6], mask[:2, 6:8], mask[5, 8] = True, True, True
+    # 4 x 6 and 2 x 3 pixels, which meet in columns 4 and 5 of rows 0 and 1; one of no pixel's
+    # middle, and one that the mask misses.
+    boxes = [(0, 0, 6, 4), (4, 0, 7, 2), (7.6, 0, 8, 0.4), (0, 5, 3, 6)]
+    first, second, *others = share_among_boxes(mask, boxes)
+    # Column 7 of rows 0 and 1 is in no box, and connected with the first most of all.
+    assert (first.sum(), second.sum()) == (24 - 4 + 2, 6) and others == [None, None]
+    assert not (first & second).any() and first[:2, 7].all()
+    # The pixel in the corner touches nothing in a box.
+    assert np.array_equal(first | second, mask & (np.arange(6) < 5)[:, None])
 
 
-@pytest.mark.parametrize("box", [(-3, -3, 2, 2), (0, 0, 2.2, 1.9)])
+@pytest.mark.parametrize("box", [(-3, -3, 2.6, 2.6), (0, 0, 3, 3), (0, 0, 4.4, 3.4)])
 def test_boxes_end_at_the_middle_of_a_pixel_and_at_the_border(box):
-    (share,) = share_among_boxes(np.ones((4, 4), bool), [box])
-    assert share.sum() == 4 and share[:2, :2].all()
+    mask = np.zeros((5, 5), bool)
+    mask[::2, ::2] = True  # that do not touch
+    (share,) = share_among_boxes(mask, [box])
+    assert share.sum() == 4 and share[[0, 0, 2, 2], [0, 2, 0, 2]].all()
