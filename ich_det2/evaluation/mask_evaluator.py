@@ -153,48 +153,23 @@ class MaskEvaluator(DatasetEvaluator):
 
     def _volumes(self, slices: Sequence[_Slice]) -> Iterable[dict]:
         """Rows of ``volumes.csv``."""
-        series: dict[tuple, list[_Slice]] = defaultdict(list)
+        series: dict[tuple[str, str], list[_Slice]] = defaultdict(list)
         for s in slices:
-            if s.series is not None and not np.isnan([s.position_mm, s.pixel_mm2]).any():
+            if s.series is not None:
                 series[s.patient, s.series].append(s)
         for (patient, name), own in sorted(series.items()):
-            positions = [s.position_mm for s in own]
-
-            def volumes(which: str, names: Sequence[str], own=own, positions=positions):
-                counts = [getattr(s, which) for s in own]
-                areas = [
-                    [np.nan if c is None else c[n] * s.pixel_mm2 for n in names]
-                    for s, c in zip(own, counts)
-                ]
-                found, gaps = volumes_ml(areas, positions)
-                return dict(zip(names, found.tolist())), gaps
-
-            true_types = sorted({t for s in own for t in (s.true or ())} - {ALL})
-            predicted = {t for s in own for t in s.predicted} - {ALL}
-            true, gaps = volumes("true", [ALL, *true_types])
-            found, _ = volumes("predicted", [ALL, *self.classes])
-            if len(self.classes) == 1:
-                found = {ALL: found[ALL]}
-                if len(true_types) == 1:
-                    found[true_types[0]] = found[ALL]
-                types = true_types
-            else:
-                types = sorted({*true_types, *predicted})
+            types = sorted({t for s in own for t in s.true or ()} - {ALL})
+            true, gaps = _series_ml(own, [s.true for s in own], types)
+            found, _ = _series_ml(own, [s.predicted for s in own], self.classes)
             if np.isnan(found[ALL]):
                 continue
-            for kind in [ALL, *types]:
-                t = true.get(kind, 0.0 if not np.isnan(true[ALL]) else np.nan)
-                p = found.get(kind, 0.0 if len(self.classes) > 1 else np.nan)
-                yield {
-                    "patient_id": patient,
-                    "series": name,
-                    "type": kind,
-                    "n_slices": len(own),
-                    "gaps": gaps,
-                    "true_ml": t,
-                    "predicted_ml": p,
-                    "relative_error": float(relative_error(t, p)),
-                }
+            if len(self.classes) == 1:  # which does not tell types
+                found = {kind: found[ALL] for kind in (ALL, *(types if len(types) == 1 else ()))}
+            for kind in (ALL, *sorted({*types, *(k for k in found if found[k] > 0)} - {ALL})):
+                t = true.get(kind, 0 * true[ALL])  # NaN, if the truth is not known
+                p = found.get(kind, np.nan)
+                error = float(relative_error(t, p))
+                yield dict(zip(_VOLUME_FIELDS, (patient, name, kind, len(own), gaps, t, p, error)))
 
     def _write(self, known, volumes, summary, number: int) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -226,6 +201,19 @@ def is_known(dataset_dict: dict) -> bool:
 
 def _type(annotation: dict) -> str:
     return str(annotation.get("type", annotation["category_id"]))
+
+
+def _series_ml(
+    slices: Sequence[_Slice], counts: Sequence[Counter | None], names: Sequence[str]
+) -> tuple[dict[str, float], int]:
+    """Volumes of a series by name, in all too, of the pixels in each slice; and its gaps."""
+    names = [ALL, *names]
+    areas = [
+        [np.nan if c is None else c[name] * s.pixel_mm2 for name in names]
+        for s, c in zip(slices, counts, strict=True)
+    ]
+    volumes, gaps = volumes_ml(areas, [s.position_mm for s in slices])
+    return dict(zip(names, volumes.tolist())), gaps
 
 
 def _count(entries: Iterable[tuple[str, np.ndarray]], size) -> tuple[Counter, np.ndarray]:
