@@ -30,6 +30,7 @@ from .config import (
     flatten,
     is_classifier,
     is_retinanet,
+    is_segmenter,
     load_config,
 )
 from .launched import Launched
@@ -363,7 +364,7 @@ def thaw_without_weights(cfg: CfgNode) -> None:
     Frozen batch norms that were never trained let a ResNet's features grow until they overflow.
     """
     frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    if cfg.MODEL.WEIGHTS or not frozen or is_classifier(cfg):
+    if cfg.MODEL.WEIGHTS or not frozen or is_classifier(cfg) or is_segmenter(cfg):
         return
     _thaw(cfg)
     logger.warning(

@@ -11,6 +11,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
     from .diagnosis_rcnn import DiagnosisRCNN
     from .ensemble import EnsembleRCNN
     from .inception_roi_heads import InceptionV3ROIHeads
+    from .lesion_segmenter import LevelSetSegmenter, ThresholdSegmenter
     from .rfcn_roi_heads import RFCNROIHeads
     from .roi_heads import (
         CostSensitiveCascadeROIHeads,
@@ -35,7 +36,9 @@ __all__ = [
     "FixedRatioSampler",
     "ImageClassifier",
     "InceptionV3ROIHeads",
+    "LevelSetSegmenter",
     "RFCNROIHeads",
+    "ThresholdSegmenter",
     "TimmBackbone",
     "TorchvisionBackbone",
 ]
