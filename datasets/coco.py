@@ -5,6 +5,8 @@
     python datasets/coco.py export data/mine train --output train.json
 
 A COCO image may name its patient in "patient_id"; without it each image is a patient of its own.
+Polygons and run lengths in "segmentation" become SegmentationObject/, and back run lengths; of
+several objects that hold a pixel the smallest has it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from pycocotools import mask as coco_mask
+
 from ich_det2.cli import guard, progress, warn
+from ich_det2.data.masks import decode_mask, encode_mask, labels_of_masks
 from ich_det2.data.tree import VocTree, fit_id, image_size, read_text
 from ich_det2.data.tree_writer import VocWriter
 from ich_det2.files import write_atomically
@@ -54,7 +60,7 @@ def import_coco(path: Path, folder: Path, output: Path) -> None:
         ValueError: naming the file, if it is no COCO JSON, names an image twice or outside the
             folder, or holds boxes of images or categories that are not in it or are no pixels.
     """
-    images, boxes = read_coco(path)
+    images, boxes, segmentations = read_coco(path)
     root = folder.resolve()
     with VocWriter(output, database="coco") as tree:
         for image in progress(images, "images"):
@@ -64,7 +70,8 @@ def import_coco(path: Path, folder: Path, output: Path) -> None:
                 raise ValueError(f"{path}: the image '{name}' is not in {folder}.")
             identifier = fit_id(source.stem)
             objects = boxes[image["id"]]
-            if not tree.wants(identifier, objects):
+            masks = masks_of(path, image, segmentations[image["id"]])
+            if not tree.wants(identifier, objects, masks=masks):
                 continue
             size = image_size(source)
             if size != (image["height"], image["width"]):
@@ -73,7 +80,7 @@ def import_coco(path: Path, folder: Path, output: Path) -> None:
                     f" {image['width']} x {image['height']}; the boxes are of another image."
                 )
             patient = str(image.get("patient_id") or identifier)
-            tree.add(identifier, source, objects, size=size, patient=patient)
+            tree.add(identifier, source, objects, size=size, patient=patient, masks=masks)
         if tree.dropped:
             warn(
                 f"{tree.dropped.total()} boxes were dropped; an image that lost all of its boxes"
@@ -84,8 +91,49 @@ def import_coco(path: Path, folder: Path, output: Path) -> None:
         print(f"{output}: {tree.summary()}")
 
 
-def read_coco(path: Path) -> tuple[list[dict], dict[object, list]]:
-    """The images of COCO JSON, and names and boxes (x0, y0, x1, y1) by image id.
+def masks_of(path: Path, image: dict, segmentations: list) -> np.ndarray | None:
+    """The objects of an image as ``VocWriter.add`` takes masks; None where none has one.
+
+    Args:
+        path: of the JSON.
+        image: its entry.
+        segmentations: of each object: polygons, run lengths, or empty.
+
+    Raises:
+        ValueError: naming the file, if one is neither polygons nor run lengths of the image.
+    """
+    if not any(segmentations):
+        return None
+    size = image["height"], image["width"]
+    try:
+        masks = [decode_segmentation(s, size) if s else None for s in segmentations]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: a segmentation of the image {image['id']} is neither polygons nor run lengths"
+            f" of {size[1]} x {size[0]} pixels ({error})."
+        ) from error
+    return labels_of_masks(masks, size)
+
+
+def decode_segmentation(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
+    """COCO's "segmentation" as a mask, bool (H, W) of a size (H, W)."""
+    if isinstance(segmentation, dict):
+        if tuple(segmentation["size"]) != size:
+            raise ValueError(f"its size is {segmentation['size']}")
+        if isinstance(counts := segmentation["counts"], list):
+            if sum(counts) != size[0] * size[1]:
+                raise ValueError(f"its counts are of {sum(counts)} pixels")
+            segmentation = coco_mask.frPyObjects(segmentation, *size)
+        return decode_mask(segmentation)
+    polygons = [[float(v) for v in polygon] for polygon in segmentation]
+    if any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+        raise ValueError("a polygon has less than three points or half a one")
+    return decode_mask(coco_mask.merge(coco_mask.frPyObjects(polygons, *size)))
+
+
+def read_coco(path: Path) -> tuple[list[dict], dict[object, list], dict[object, list]]:
+    """The images of COCO JSON; names and boxes (x0, y0, x1, y1) by image id; and "segmentation" of
+    each of these, None where there is none.
 
     Raises:
         ValueError: naming the file.
@@ -101,6 +149,7 @@ def read_coco(path: Path) -> tuple[list[dict], dict[object, list]]:
         annotations = content["annotations"]
         unique(path, [a for a in annotations if "id" in a], "annotation", dict)
         boxes: dict[object, list] = {image: [] for image in images}
+        segmentations: dict[object, list] = {image: [] for image in images}
         for a in annotations:
             if a["image_id"] not in images or a["category_id"] not in names:
                 raise ValueError(
@@ -108,6 +157,7 @@ def read_coco(path: Path) -> tuple[list[dict], dict[object, list]]:
                     f" {a['category_id']}, of which one is not in the file"
                 )
             boxes[a["image_id"]].append((names[a["category_id"]], box_of(a)))
+            segmentations[a["image_id"]].append(a.get("segmentation"))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         lacking = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: is not COCO JSON of boxes ({lacking}).") from error
@@ -122,7 +172,7 @@ def read_coco(path: Path) -> tuple[list[dict], dict[object, list]]:
     crowds = sum(bool(a.get("iscrowd")) for a in annotations)
     if crowds:
         warn(f"{crowds} boxes are around crowds (iscrowd 1); each is taken as one box.")
-    return list(images.values()), boxes
+    return list(images.values()), boxes, segmentations
 
 
 def unique(path: Path, entries: list, what: str, value: Callable) -> dict:
@@ -152,7 +202,8 @@ def box_of(annotation: dict) -> tuple[float, float, float, float]:
 
 
 def export_coco(root: Path, split: str, output: Path) -> None:
-    """Write a list of a VOC tree as COCO JSON; boxes as x, y, width, height from 0.
+    """Write a list of a VOC tree as COCO JSON; boxes as x, y, width, height from 0, masks as run
+    lengths.
 
     The ids of categories are those of all names in the tree, so that lists agree on them.
     """
@@ -171,7 +222,7 @@ def export_coco(root: Path, split: str, output: Path) -> None:
                 **({"patient_id": tree.patients[name][0]} if name in tree.patients else {}),
             }
         )
-        for obj in tree.annotation(name).objects:
+        for obj, mask in zip(tree.annotation(name).objects, tree.masks(name)):
             x0, y0, x1, y1 = obj.box
             annotations.append(
                 {
@@ -179,8 +230,9 @@ def export_coco(root: Path, split: str, output: Path) -> None:
                     "image_id": number,
                     "category_id": categories[obj.name],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
+                    "area": (x1 - x0) * (y1 - y0) if mask is None else int(mask.sum()),
                     "iscrowd": 0,
+                    **({} if mask is None else {"segmentation": encode_mask(mask)}),
                 }
             )
     content = {

@@ -2,8 +2,8 @@
 """CT-ICH (PhysioNet, Hssayeni et al.): NIfTI volumes with masks, as a VOC tree of DICOM.
 
 SOURCE holds ct_scans/049.nii, masks/049.nii and hemorrhage_diagnosis_raw_ct.csv. The boxes are
-those around the connected parts of the masks. A mask does not say the type: it is that of the
-slice's diagnosis, and "hemorrhage" where that names several.
+those around the connected parts of the masks, which become SegmentationObject/. A mask does not say
+the type: it is that of the slice's diagnosis, and "hemorrhage" where that names several.
 
     python datasets/prepare_ct_ich.py ct-ich-1.3.1 --output data/ct_ich
 """
@@ -16,7 +16,7 @@ from ich_det2.cli import progress, warn
 from ich_det2.data.dicom.writing import encode_ct
 from ich_det2.data.prepare import run_preparer
 from ich_det2.data.tree import read_table
-from ich_det2.data.tree_writer import boxes_of_mask
+from ich_det2.data.tree_writer import objects_of_mask
 from ich_det2.data.volumes import read_with_mask
 from ich_det2.files import walk
 
@@ -58,15 +58,25 @@ def prepare(args, tree) -> None:
             number = i + 1
             types = diagnoses.get(patient, {}).get(number, set())
             label = next(iter(types)) if len(types) == 1 else "hemorrhage"
-            objects = boxes_of_mask(mask[i], lambda _: label, min_pixels=args.min_pixels)  # noqa: B023
+            objects, masks = objects_of_mask(
+                mask[i],
+                lambda _: label,  # noqa: B023
+                min_pixels=args.min_pixels,
+            )
             disagree += bool(objects) != bool(types)
             name = f"{patient}_{number:02d}"
-            if not tree.wants(name, objects):
+            if not tree.wants(name, objects, masks=masks):
                 continue
             content = encode_ct(
                 hu, name=name, series=patient, height_mm=i * depth, spacing_mm=(rows, columns)
             )
-            tree.add(name, content, objects, size=hu.shape, patient=patient, position_mm=i * depth)
+            tree.add(
+                *(name, content, objects),
+                size=hu.shape,
+                patient=patient,
+                position_mm=i * depth,
+                masks=masks,
+            )
     if guessed:
         warn(f"the orientation of {len(guessed)} volumes is a guess ({guessed[0]}).")
     if disagree:

@@ -3,7 +3,7 @@
 
 SOURCE holds two folders with files of the same names: pictures (PNG, JPEG; masks as PNG with index
 or colour) or NIfTI volumes in HU, which become DICOM slices. The boxes are those around the
-connected parts of each class.
+connected parts of each class, whose pixels become SegmentationObject/.
 
     python datasets/prepare_masks.py BHSD --output data/bhsd --masks ground_truths \\
         --classes 1=EDH 2=IPH 3=IVH 4=SAH 5=SDH
@@ -22,7 +22,7 @@ from ich_det2.data.dicom.writing import encode_ct
 from ich_det2.data.pictures import read_mask_picture, read_picture
 from ich_det2.data.prepare import run_preparer
 from ich_det2.data.tree import fit_id
-from ich_det2.data.tree_writer import boxes_of_mask
+from ich_det2.data.tree_writer import objects_of_mask
 from ich_det2.data.volumes import read_with_mask
 from ich_det2.files import walk
 
@@ -96,8 +96,8 @@ def prepare(args, tree) -> None:
             # Without classes any colour is a bleed; a black background is 0 in both.
             mask = read_mask_picture(masks[name], colours=not names or in_colours(names))
             check_values(mask, names, masks[name], tree)
-            objects = boxes(mask, names, args)
-            if not tree.wants(identifier, objects):
+            objects, parts = find_objects(mask, names, args)
+            if not tree.wants(identifier, objects, masks=parts):
                 continue
             grey = read_picture(path)
             if grey.shape != mask.shape:
@@ -106,7 +106,7 @@ def prepare(args, tree) -> None:
                 )
             match = args.patient.match(name)
             patient = match[1] if match else name
-            tree.add(identifier, grey, objects, size=grey.shape, patient=patient)
+            tree.add(identifier, grey, objects, size=grey.shape, patient=patient, masks=parts)
             continue
         scan, mask = read_with_mask(path, masks[name])
         guessed += [f"{path.name}: {scan.guessed}"] if scan.guessed else []
@@ -114,15 +114,19 @@ def prepare(args, tree) -> None:
         depth, rows, columns = scan.spacing_mm
         for i, hu in enumerate(scan.slices):
             image_id = f"{identifier}_{i:03d}"
-            objects = boxes(mask[i], names, args)
-            if not tree.wants(image_id, objects):
+            objects, parts = find_objects(mask[i], names, args)
+            if not tree.wants(image_id, objects, masks=parts):
                 continue
             height = i * depth
             content = encode_ct(
                 hu, name=image_id, series=name, height_mm=height, spacing_mm=(rows, columns)
             )
             tree.add(
-                image_id, content, objects, size=hu.shape, patient=identifier, position_mm=height
+                *(image_id, content, objects),
+                size=hu.shape,
+                patient=identifier,
+                position_mm=height,
+                masks=parts,
             )
     if ignored := sum(tree.ignored.values()):
         warn(f"{ignored} times a mask has a value of no class, which is taken for background.")
@@ -133,11 +137,12 @@ def prepare(args, tree) -> None:
         )
 
 
-def boxes(mask: np.ndarray, names: dict[int, str], args) -> list:
-    """The objects of a mask (H, W): by class, or one kind where no classes are given."""
+def find_objects(mask: np.ndarray, names: dict[int, str], args) -> tuple[list, np.ndarray]:
+    """The objects of a mask (H, W), and a picture of them: by class, or one kind where no classes
+    are given."""
     known = {value: None if name == BACKGROUND else name for value, name in names.items()}
     name_of = known.get if names else lambda value: "hemorrhage"
-    return boxes_of_mask(mask, name_of, min_pixels=args.min_pixels)
+    return objects_of_mask(mask, name_of, min_pixels=args.min_pixels)
 
 
 def in_colours(names: dict[int, str]) -> bool:

@@ -38,14 +38,18 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Datasets for model selection during training; DATASETS.TEST is touched once, at the end.
     cfg.DATASETS.VAL = ("ich_val",)
 
+    # Detectron2's INPUT.MASK_FORMAT "bitmask" asks for the masks of SegmentationObject/ or
+    # SegmentationClass/, in training and evaluation; without it they are not opened.
+
     # [level HU, width HU], one channel each; one window fills three channels. Images of 8 bit
     # (PNG, JPEG) are taken as windowed already.
     cfg.INPUT.WINDOWS = [[50.0, 100.0]]
-    # Slices on either side that become channels, 0 or 1; with 1, the one window is applied to the
-    # slice before, the slice and the slice after, along the slice normal.
+    # Slices on either side that become channels, along the slice normal, each in the one window:
+    # 1 gives three channels, n gives 2 n + 1, for which MODEL.PIXEL_MEAN and PIXEL_STD need as many
+    # values. 0: off.
     cfg.INPUT.CONTEXT_SLICES = 0
-    # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU) sees in order;
-    # at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.
+    # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU, RADNet) sees in
+    # order; at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.
     cfg.INPUT.SEQUENCE_SLICES = 0
     # Crop slices to the head: a square around the largest part that is neither air nor thin, over
     # all slices of a series, with a margin of 4 % on each side. Boxes are mapped back.
@@ -133,6 +137,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # The least score of a box that is refined; each takes as long again as in the second stage.
     cfg.MODEL.ROI_HEADS.REFINE_THRESH_TEST = 0.0
 
+    # Detectron2's MODEL.MASK_ON gives all ROI heads here but RFCNROIHeads a mask head; the one of
+    # MODEL.ROI_MASK_HEAD.NAME KnownMaskHead learns no mask from a box without one.
+
     # ---- timm backbones (build_timm_backbone) ------------------------------------------------
     cfg.MODEL.TIMM = CN()
     # Any name that timm.create_model takes and that offers feature maps.
@@ -177,8 +184,9 @@ def add_ich_config(cfg: CfgNode) -> None:
 
     # ---- classifiers of whole slices (META_ARCHITECTURE ImageClassifier) ---------------------
     cfg.MODEL.CLASSIFIER = CN()
-    # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionResNetV2,
-    # EfficientNetLite0, BHCNet, BHCNetLSTM or BHCNetGRU.
+    # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionV3,
+    # InceptionResNetV2, EfficientNetLite0, BHCNet, BHCNetLSTM, BHCNetGRU, GLCMNet, AlexNetSVM,
+    # AutoencoderAlexNetSVM or RADNet.
     cfg.MODEL.CLASSIFIER.NAME = "DenseNet121"
     # Side of the network's square input, pixels; slices are scaled to it by their longer side.
     cfg.MODEL.CLASSIFIER.INPUT_SIZE = 224

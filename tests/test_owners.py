@@ -30,8 +30,10 @@ def places(found_in):
 
 
 @pytest.mark.parametrize(
-    "name", ["ImageSets", "Annotations", "JPEGImages", "patients.csv", "labels.csv"]
-)
+    "name",
+    ["ImageSets", "Annotations", "JPEGImages", "SegmentationObject", "SegmentationClass",
+     "patients.csv", "labels.csv"],
+)  # fmt: skip
 def test_names_of_a_tree_are_in_one_place(name):
     found = set(places(lambda tree: (s == name for s in strings(tree))))
     # What VOC calls the folder within an XML, and a table of the diagnosis, are others.

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ich_det2.cli import guard
-from ich_det2.dicom_out import KINDS, SR_CLASSES
+from ich_det2.dicom_out import ALL_KINDS, SR_CLASSES
 from ich_det2.inference import BACKENDS, ENGINES
 
 MAX_NOTES = 20
@@ -113,11 +113,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dicom",
         nargs="+",
-        choices=KINDS,
+        choices=ALL_KINDS,
         metavar="KIND",
         help="also DICOM objects for a PACS, with the identity of their source, in a folder of "
-        f"their own; of {', '.join(KINDS)}: structured report, presentation state, Secondary "
-        "Capture, Key Object Selection",
+        f"their own; of {', '.join(ALL_KINDS)}: structured report, presentation state, Secondary "
+        "Capture, Key Object Selection and, of a model that gives masks, Segmentation",
     )
     parser.add_argument(
         "--dicom-output",

@@ -16,6 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from .dicom import pixel_ratio, read_windowed
 from .head import Head, find_head
@@ -105,7 +107,7 @@ def find_tree_crops(tree: VocTree, images: Sequence[str]) -> dict[str, Box]:
 
 
 def uncrop(inputs: Sequence[dict], outputs: Sequence[dict]) -> Sequence[dict]:
-    """Maps boxes that a model found on cropped slices back to the slices.
+    """Maps boxes and masks that a model found on cropped slices back to the slices.
 
     Args:
         inputs: of the mapper: "height" and "width" of the whole slice, and perhaps "crop".
@@ -118,9 +120,17 @@ def uncrop(inputs: Sequence[dict], outputs: Sequence[dict]) -> Sequence[dict]:
         if item.get("crop") is None or "instances" not in output:
             continue
         x0, y0, x1, y1 = item["crop"]
-        boxes = output["instances"].pred_boxes
+        instances = output["instances"]
+        boxes = instances.pred_boxes
         scale = boxes.tensor.new_tensor([(x1 - x0) / item["width"], (y1 - y0) / item["height"]] * 2)
         boxes.tensor = boxes.tensor * scale + boxes.tensor.new_tensor([x0, y0] * 2)
+        if instances.has("pred_masks"):
+            whole = torch.zeros_like(instances.pred_masks)
+            for mask, place in zip(instances.pred_masks, whole):
+                values, size = mask[None, None].float(), (y1 - y0, x1 - x0)
+                shrunk = F.interpolate(values, size, mode="bilinear", antialias=True)
+                place[y0:y1, x0:x1] = shrunk[0, 0] >= 0.5
+            instances.pred_masks = whole
     return outputs
 
 

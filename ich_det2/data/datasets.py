@@ -11,6 +11,7 @@ from detectron2.structures import BoxMode
 from .context import find_context, find_places
 from .crop import find_tree_crops
 from .dicom import check_dicom
+from .masks import encode_mask
 from .pictures import check_picture, is_picture
 from .tree import SPLITS, VocTree, image_size
 from .tree_writer import pseudonym
@@ -27,6 +28,7 @@ def register_ich_voc(
     context: int = 0,
     by_name: bool = False,
     head_crop: bool = False,
+    masks: bool = False,
 ) -> None:
     """Registers a split of a VOC tree; nothing is read until the dataset is asked for.
 
@@ -35,7 +37,7 @@ def register_ich_voc(
         root: folder with ``Annotations/*.xml``, ``DICOM/*.dcm`` or ``JPEGImages/*``,
             ``ImageSets/Main/<split>.txt`` and, if at hand, ``patients.csv``.
         split: name of the list in ``ImageSets/Main``.
-        classes, context, by_name, head_crop: see :func:`load_ich_voc`.
+        classes, context, by_name, head_crop, masks: see :func:`load_ich_voc`.
     """
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
@@ -43,7 +45,13 @@ def register_ich_voc(
     DatasetCatalog.register(
         name,
         lambda: load_ich_voc(
-            root, split, classes, context=context, by_name=by_name, head_crop=head_crop
+            root,
+            split,
+            classes,
+            context=context,
+            by_name=by_name,
+            head_crop=head_crop,
+            masks=masks,
         ),
     )
     MetadataCatalog.get(name).set(thing_classes=list(classes), split=split)
@@ -56,6 +64,7 @@ def register_ich_datasets(
     context: int = 0,
     by_name: bool = False,
     head_crop: bool = False,
+    masks: bool = False,
 ) -> None:
     """Registers ``ich_<list>`` for each list in ``ImageSets/Main`` of a VOC tree.
 
@@ -72,6 +81,7 @@ def register_ich_datasets(
             context=context,
             by_name=by_name,
             head_crop=head_crop,
+            masks=masks,
         )
 
 
@@ -83,6 +93,7 @@ def load_ich_voc(
     context: int = 0,
     by_name: bool = False,
     head_crop: bool = False,
+    masks: bool = False,
 ) -> list[dict]:
     """Reads a split of a VOC tree.
 
@@ -95,11 +106,14 @@ def load_ich_voc(
             sequence (INPUT.SEQUENCE_SLICES).
         by_name: see :func:`find_context`.
         head_crop: see :func:`find_tree_crops` (INPUT.HEAD_CROP).
+        masks: also read ``SegmentationObject/`` or ``SegmentationClass/``, see
+            :meth:`VocTree.masks` (INPUT.MASK_FORMAT).
 
     Returns:
         Dataset dicts in the list's order: ``file_name``, ``image_id`` (the file's stem),
         ``patient_id``, ``study_id``, ``height``, ``width``, ``annotations`` (empty for a healthy
-        slice; boxes XYXY_ABS, 0-based pixel edges), ``image_label`` (what
+        slice; boxes XYXY_ABS, 0-based pixel edges; with masks "segmentation", run lengths as
+        Detectron2's bitmask format, where the mask is known), ``image_label`` (what
         ``labels.csv`` says, else 1 if there is a box); where the place is known ``series`` and
         ``position_mm``, see :func:`find_places`; with context ``context_files``, pairs of file name
         and None, see :func:`find_context`; with head_crop ``crop``, where there is a head:
@@ -143,6 +157,9 @@ def load_ich_voc(
             }
             for obj in annotation.objects
         ]
+        for entry, mask in zip(annotations, tree.masks(image_id) if masks and annotations else ()):
+            if mask is not None:
+                entry["segmentation"] = encode_mask(mask)
         dicts.append(
             {
                 "file_name": str(tree.images[image_id]),

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import configurable
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.structures import Instances
 
 from .augmentation import build_augmentation, shift_scale_transform
 from .cache import SliceCache
@@ -38,6 +39,7 @@ class IchDatasetMapper:
         skull_mask: bool = False,
         density: bool = False,
         asymmetry: bool = False,
+        masks: bool = False,
         cache_dir: str | Path = "",
     ):
         """
@@ -45,11 +47,14 @@ class IchDatasetMapper:
             is_train: annotations become "instances"; without it they are dropped.
             augmentations: applied in this order.
             windows: 1 or 3 pairs (level HU, width HU).
-            context_slices: 0, or 1 for the slices before and after as channels of their own.
+            context_slices: slices on either side that are channels of their own, with the slice
+                itself in the middle.
             sequence_slices: slices on either side that "sequence" holds, with the slice itself.
             skull_mask: blank what lies outside of the skull, see :func:`find_skull`.
             density: the second of the three channels is :func:`density_picture`.
             asymmetry: the third of the three channels is :func:`asymmetry_picture`.
+            masks: in training "instances" have "gt_masks" and "gt_has_mask", bool (M,), where there
+                is a box: one whose mask is not known has an empty one, which teaches no mask.
             cache_dir: of a :class:`SliceCache`; "" for none.
 
         Raises:
@@ -62,10 +67,10 @@ class IchDatasetMapper:
             )
         if any(width <= 0 for _, width in windows):
             raise ValueError(f"INPUT.WINDOWS is {windows}, expected widths above 0 HU.")
-        if context_slices not in (0, 1) or context_slices and len(windows) != 1:
+        if context_slices < 0 or context_slices and len(windows) != 1:
             raise ValueError(
                 f"INPUT.CONTEXT_SLICES is {context_slices} with {len(windows)} windows, expected 0,"
-                " or 1 with one window: there are three channels."
+                " or more with one window: a slice is a channel."
             )
         for key, asked in (("DENSITY", density), ("ASYMMETRY", asymmetry)):
             if asked and (len(windows) != 1 or context_slices):
@@ -84,6 +89,7 @@ class IchDatasetMapper:
         self.skull_mask = skull_mask
         self.density = density
         self.asymmetry = asymmetry
+        self.masks = masks
         self.cache = SliceCache(cache_dir) if cache_dir else None
         self.augmentations = T.AugmentationList(augmentations)
         self.windows = [(float(level), float(width)) for level, width in windows]
@@ -99,6 +105,7 @@ class IchDatasetMapper:
             "skull_mask": cfg.INPUT.SKULL_MASK,
             "density": cfg.INPUT.DENSITY,
             "asymmetry": cfg.INPUT.ASYMMETRY,
+            "masks": cfg.INPUT.MASK_FORMAT == "bitmask",
             "cache_dir": cfg.INPUT.CACHE_DIR,
         }
 
@@ -150,9 +157,12 @@ class IchDatasetMapper:
         return image, ratio
 
     def _read_context(self, dataset_dict: dict, image: np.ndarray) -> list[np.ndarray]:
-        """The slices before a slice, uint8 (H, W, C), itself, and the slices after it."""
-        files = dataset_dict.pop("context_files", None)
+        """The slices before a slice, uint8 (H, W, C), itself, and the slices after it; none if
+        nobody asks for them."""
         reach = self.context_slices or self.sequence_slices
+        if not reach:
+            return []
+        files = dataset_dict.pop("context_files", None)
         if files is None or len(files) != 2 * reach + 1:
             key = "CONTEXT_SLICES" if self.context_slices else "SEQUENCE_SLICES"
             raise ValueError(
@@ -177,9 +187,10 @@ class IchDatasetMapper:
                 and "shift_scale" (of ``expand_dataset``) are applied before the augmentations.
 
         Returns:
-            A copy with "image", float32 (3, H, W) in 0..255; with ``sequence_slices`` "sequence",
-            float32 (2 ``sequence_slices`` + 1, 3, H, W), the slices before, itself and those after,
-            all transformed alike; and in training "instances". "height" and "width" are those of
+            A copy with "image", float32 (3, H, W) in 0..255, or (2 ``context_slices`` + 1, H, W),
+            the slices before, itself and those after; with ``sequence_slices`` "sequence", float32
+            (2 ``sequence_slices`` + 1, 3, H, W); all slices are transformed alike. In training
+            "instances". "height" and "width" are those of
             the whole slice, to which ``uncrop`` maps boxes back.
 
         Raises:
@@ -188,9 +199,7 @@ class IchDatasetMapper:
         dataset_dict = copy.deepcopy(dataset_dict)
         image, ratio = self._read_channels(dataset_dict["file_name"], dataset_dict.get("frame"))
         utils.check_image_size(dataset_dict, image)
-        if self.context_slices:
-            image = np.concatenate(self._read_context(dataset_dict, image), axis=-1)
-        sequence = self._read_context(dataset_dict, image) if self.sequence_slices else []
+        context = self._read_context(dataset_dict, image)
         annotations = dataset_dict.pop("annotations", None)
 
         aug_input = T.AugInput(image)
@@ -212,23 +221,38 @@ class IchDatasetMapper:
             aug_input.transform(fixed)
             transforms += fixed
         transforms += self.augmentations(aug_input)
-        dataset_dict["image"] = _as_tensor(aug_input.image)
-        if sequence:
-            dataset_dict["sequence"] = torch.stack(
-                [
-                    dataset_dict["image"] if s is image else _as_tensor(transforms.apply_image(s))
-                    for s in sequence
-                ]
-            )
+        middle = dataset_dict["image"] = _as_tensor(aug_input.image)
+        slices = [middle if s is image else _as_tensor(transforms.apply_image(s)) for s in context]
+        if self.sequence_slices:
+            dataset_dict["sequence"] = torch.stack(slices)
+        elif self.context_slices:
+            dataset_dict["image"] = torch.cat([s[:1] for s in slices])
 
         if self.is_train and annotations is not None:
-            size = tuple(dataset_dict["image"].shape[1:])
-            instances = utils.annotations_to_instances(
-                [utils.transform_instance_annotations(a, transforms, size) for a in annotations],
-                size,
+            dataset_dict["instances"] = self._instances(
+                annotations, transforms, tuple(dataset_dict["image"].shape[1:])
             )
-            dataset_dict["instances"] = utils.filter_empty_instances(instances)
         return dataset_dict
+
+    def _instances(
+        self, annotations: list[dict], transforms: T.TransformList, size: tuple[int, int]
+    ) -> Instances:
+        """What is left of the annotations in a transformed slice of a size (H, W)."""
+        masks = [a.pop("segmentation", None) for a in annotations]
+        known = [self.masks and bool(mask) for mask in masks]
+        for a, mask, is_known in zip(annotations, masks, known):
+            if is_known:
+                a["segmentation"] = mask
+            utils.transform_instance_annotations(a, transforms, size)
+            if self.masks and not is_known:
+                a["segmentation"] = np.zeros(size, dtype=np.uint8)
+        instances = utils.annotations_to_instances(annotations, size, mask_format="bitmask")
+        keep = instances.gt_boxes.nonempty(threshold=1e-5)
+        if self.masks and annotations:
+            instances.gt_has_mask = torch.tensor(known)
+            # Of a lesion that has left the slice a corner of the turned box may be left.
+            keep &= instances.gt_masks.nonempty() | ~instances.gt_has_mask
+        return instances[keep]
 
 
 def _as_tensor(image: np.ndarray) -> torch.Tensor:

@@ -4,6 +4,8 @@
     ROOT/JPEGImages/*       as PNG or JPEG, windowed already
     ROOT/Annotations/*.xml  VOC boxes, one file for each slice, without objects for a healthy one
     ROOT/ImageSets/Main/*.txt   lists of image ids, one a line
+    ROOT/SegmentationObject/*.png   perhaps masks: value i is the XML's i-th object, 255 nobody's
+    ROOT/SegmentationClass/*.png    or else of all bleeds of a slice in one: 0 background
     ROOT/patients.csv       image,patient[,study,series,position_mm]
     ROOT/labels.csv         image,label of slices whose label does not come from boxes
 
@@ -26,6 +28,8 @@ from contextlib import ExitStack
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
 from ..files import is_hidden, write_atomically
 from .dicom import (
     is_dicom,
@@ -35,13 +39,15 @@ from .dicom import (
     read_series,
     read_size,
 )
-from .pictures import PICTURE_SUFFIXES, is_picture, picture_size
+from .masks import VOID, masks_of_labels, share_among_boxes
+from .pictures import PICTURE_SUFFIXES, is_picture, picture_size, read_mask_picture
 from .voc import VocAnnotation, read_voc
 
 IMAGE_FOLDERS = ("DICOM", "JPEGImages")
 """Folders of images, the first preferred."""
 
 ANNOTATIONS = "Annotations"
+OBJECT_MASKS, CLASS_MASKS = MASK_FOLDERS = ("SegmentationObject", "SegmentationClass")
 LISTS = os.path.join("ImageSets", "Main")
 PATIENTS, LABELS, SLICES = "patients.csv", "labels.csv", "slices.csv"
 PATIENT_FIELDS = ("image", "patient", "study", "series", "position_mm")
@@ -148,10 +154,78 @@ class VocTree:
 
     @cached_property
     def _annotations(self) -> dict[str, Path]:
+        return self._by_stem(ANNOTATIONS, ".xml")
+
+    def _by_stem(self, folder: str, suffix: str) -> dict[str, Path]:
         found: dict[str, Path] = {}
-        for path in sorted((self.root / ANNOTATIONS).glob("*")):
-            if path.suffix.lower() == ".xml" and not is_hidden(path):
+        for path in sorted((self.root / folder).glob("*")):
+            if path.suffix.lower() == suffix and not is_hidden(path):
                 found.setdefault(plain(path.stem), path)
+        return found
+
+    def masks(self, image: str) -> list[np.ndarray | None]:
+        """The mask of each object of an image's XML, in its order.
+
+        ``SegmentationObject/`` has each object's pixels. Where there is but ``SegmentationClass/``
+        an object has the pixels in its box, see ``masks.share_among_boxes``; those in no box are
+        nobody's.
+
+        Returns:
+            bool (H, W) for each object; None where its mask is not known.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`annotation`; or a mask cannot be read, is of
+                another size than the image, has a value that names no object, or nothing but void.
+                The message names the file.
+        """
+        annotation = self.annotation(image)
+        boxes = [obj.box for obj in annotation.objects]
+        folder = next((f for f in MASK_FOLDERS if image in self._masks[f]), None)
+        if folder is None:
+            return [None] * len(boxes)
+        path = self._masks[folder][image]
+        labels = read_mask_picture(path)
+        if labels.shape != self.size(image):
+            (height, width), (own, across) = self.size(image), labels.shape
+            raise ValueError(
+                f"{path} is {across} x {own} pixels, its image {width} x {height}; the mask is of"
+                " another image."
+            )
+        values = np.setdiff1d(labels, (0, VOID))
+        if folder == CLASS_MASKS:
+            if not len(values) and labels.any():
+                raise ValueError(
+                    f"{path} has no value but {VOID}, which is VOC's for void; write bleeds as 1."
+                )
+            bleed = (labels > 0) & (labels != VOID)
+            masks = share_among_boxes(bleed, boxes)
+            if strays := int(bleed.sum()) - sum(int(m.sum()) for m in masks if m is not None):
+                warn_once(f"{path}: {strays} of its {bleed.sum()} pixels lie in no box, unused.")
+            return masks
+        if len(values) and not 0 < values[0] <= values[-1] <= len(boxes):
+            wrong = next(v for v in values if not 0 < v <= len(boxes))
+            raise ValueError(
+                f"{path} has the value {wrong}, but {annotation.path.name} has {len(boxes)}"
+                f" objects; expected 1 to {len(boxes)}, 0 for background and {VOID} for void."
+            )
+        return masks_of_labels(labels, len(boxes))
+
+    @cached_property
+    def _masks(self) -> dict[str, dict[str, Path]]:
+        """Files of masks by folder and image id."""
+        found = {folder: self._by_stem(folder, ".png") for folder in MASK_FOLDERS}
+        for folder, masks in found.items():
+            strays = sorted(masks.keys() - self.images.keys())
+            if strays and len(strays) == len(masks):
+                raise ValueError(
+                    f"{self.root / folder}: no mask has the name of an image, '{strays[0]}.png' for"
+                    " one; name masks as their images."
+                )
+            if strays:
+                warn_once(
+                    f"{self.root / folder}: {len(strays)} masks are of no image,"
+                    f" '{strays[0]}.png' for one; they are not used."
+                )
         return found
 
     @cached_property
@@ -277,7 +351,7 @@ class VocTree:
     def link(self, folder: Path) -> VocTree:
         """A tree of links to this one's images, annotations and tables, for lists of its own."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (ANNOTATIONS, *IMAGE_FOLDERS, PATIENTS, LABELS):
+        for name in (ANNOTATIONS, *IMAGE_FOLDERS, *MASK_FOLDERS, PATIENTS, LABELS):
             if (self.root / name).exists() and not (folder / name).is_symlink():
                 (folder / name).symlink_to((self.root / name).resolve())
         return VocTree(folder)

@@ -19,8 +19,17 @@ import numpy as np
 from scipy import ndimage
 
 from ..files import remove_leftovers, write_atomically, write_csv
-from .pictures import is_picture, write_picture
-from .tree import ANNOTATIONS, IMAGE_FOLDERS, LABELS, PATIENT_FIELDS, PATIENTS, read_table
+from .masks import VOID
+from .pictures import is_picture, read_mask_picture, write_picture
+from .tree import (
+    ANNOTATIONS,
+    IMAGE_FOLDERS,
+    LABELS,
+    OBJECT_MASKS,
+    PATIENT_FIELDS,
+    PATIENTS,
+    read_table,
+)
 from .voc import DECIMALS, Box, read_voc, write_voc
 
 SOURCES = "sources.json"
@@ -62,6 +71,7 @@ class VocWriter:
         self._labels: dict[str, str] = {}
         for folder in (ANNOTATIONS, *IMAGE_FOLDERS):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
+        for folder in (ANNOTATIONS, *IMAGE_FOLDERS, OBJECT_MASKS):
             remove_leftovers(self.root / folder)
         remove_leftovers(self.root)
         if (self.root / PATIENTS).is_file():
@@ -109,10 +119,22 @@ class VocWriter:
     def _xml(self, name: str) -> Path:
         return self.root / ANNOTATIONS / f"{name}.xml"
 
+    def _mask(self, name: str) -> Path:
+        return self.root / OBJECT_MASKS / f"{name}.png"
+
     def wants(
-        self, name: str, objects: Iterable[tuple[str, Box]], *, label: int | None = None
+        self,
+        name: str,
+        objects: Sequence[tuple[str, Box]],
+        *,
+        label: int | None = None,
+        masks: np.ndarray | None = None,
     ) -> bool:
-        """Whether an image is still to be added, or was added with other boxes or another label.
+        """Whether an image is still to be added, or was added with other boxes or masks or another
+        label.
+
+        Args:
+            name, objects, label, masks: as of :meth:`add`.
 
         Raises:
             ValueError: this run has asked for an image of this name already.
@@ -128,6 +150,10 @@ class VocWriter:
         kept, dropped = clip(objects, voc.width or 0, voc.height or 0)
         if [(obj.name, obj.box) for obj in voc.objects] != kept:
             return True
+        if not self._has_masks(
+            name, _kept_masks(masks, objects, (voc.height or 0, voc.width or 0))
+        ):
+            return True
         self._count(kept, dropped)
         return False
 
@@ -135,7 +161,7 @@ class VocWriter:
         self,
         name: str,
         image: Path | np.ndarray | bytes,
-        objects: Iterable[tuple[str, Box]],
+        objects: Sequence[tuple[str, Box]],
         *,
         size: tuple[int, int],
         patient: str,
@@ -144,6 +170,7 @@ class VocWriter:
         position_mm: float | None = None,
         label: int | None = None,
         source: dict | None = None,
+        masks: np.ndarray | None = None,
     ) -> None:
         """Write an image and its annotation.
 
@@ -159,13 +186,17 @@ class VocWriter:
             position_mm: along the slice normal.
             label: of the image, where boxes do not tell it; kept in ``labels.csv``.
             source: kept in ``sources.json``; no identities.
+            masks: whole numbers (H, W), i + 1 in ``objects[i]``, 0 in none; None where masks are
+                not known.
 
         Raises:
-            ValueError: the name is not fit for a file, or a box or name for an annotation.
+            ValueError: the name is not fit for a file, or a box or name for an annotation, or more
+                objects have masks than a picture of 8 bit can number.
         """
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise ValueError(f"The image id is {name!r}, expected letters, digits, '_', '-', '.'.")
         height, width = size
+        masks = _kept_masks(masks, objects, size)
         if isinstance(image, np.ndarray):
             path = self.root / IMAGE_FOLDERS[1] / f"{name}.png"
             write_picture(path, image)
@@ -180,6 +211,11 @@ class VocWriter:
         self._count(kept, dropped)
         if dropped and not kept and label is None:
             label = 1
+        if masks is None:
+            self._mask(name).unlink(missing_ok=True)  # of other boxes
+        else:
+            self._mask(name).parent.mkdir(exist_ok=True)
+            write_picture(self._mask(name), masks)
         write_voc(
             self._xml(name),
             filename=path.name,
@@ -187,6 +223,7 @@ class VocWriter:
             height=height,
             objects=kept,
             database=self.database,
+            segmented=masks is not None,
         )
         position = "" if position_mm is None or np.isnan(position_mm) else f"{position_mm:.3f}"
         values = (name, patient, study or patient, series or study or patient, position)
@@ -195,6 +232,11 @@ class VocWriter:
         self._take(*entry)
         self._journal.write(json.dumps(entry) + "\n")
         self._journal.flush()
+
+    def _has_masks(self, name: str, masks: np.ndarray | None) -> bool:
+        if masks is None or not self._mask(name).is_file():
+            return masks is None and not self._mask(name).exists()
+        return np.array_equal(read_mask_picture(self._mask(name)), masks)
 
     def _count(self, kept: Sequence, dropped: Counter[str]) -> None:
         self.counts["images"] += 1
@@ -261,6 +303,28 @@ def clip(
     return kept, dropped
 
 
+def _kept_masks(
+    masks: np.ndarray | None, objects: Sequence[tuple[str, Box]], size: tuple[int, int]
+) -> np.ndarray | None:
+    """Masks as :meth:`VocWriter.add` takes them, uint8 (H, W), numbered as the objects that
+    :func:`clip` keeps; None where none is known."""
+    if masks is None:
+        return None
+    number = 0
+    table = np.zeros(len(objects) + 1, dtype=np.uint8)
+    for i, obj in enumerate(objects):
+        if clip([obj], size[1], size[0])[0]:
+            number += 1
+            if number >= VOID:
+                raise ValueError(
+                    f"an image has more than {VOID - 1} objects with masks, which a picture of 8"
+                    " bit cannot number; leave out the smallest."
+                )
+            table[i + 1] = number
+    kept = table[masks]
+    return kept if kept.any() else None
+
+
 def pseudonym(kind: str, value: str) -> str:
     """A name in the place of an identity: not to be read back, but not safe against guessing."""
     return f"{kind}-{hashlib.sha256(value.encode()).hexdigest()[:10]}"
@@ -269,7 +333,14 @@ def pseudonym(kind: str, value: str) -> str:
 def boxes_of_mask(
     mask: np.ndarray, name_of: Callable[[int], str | None], *, min_pixels: int = 1
 ) -> list[tuple[str, Box]]:
-    """The boxes around the connected parts of each class of a mask.
+    """The boxes around the connected parts of each class of a mask, see :func:`objects_of_mask`."""
+    return objects_of_mask(mask, name_of, min_pixels=min_pixels)[0]
+
+
+def objects_of_mask(
+    mask: np.ndarray, name_of: Callable[[int], str | None], *, min_pixels: int = 1
+) -> tuple[list[tuple[str, Box]], np.ndarray]:
+    """The connected parts of each class of a mask.
 
     Args:
         mask: whole numbers (H, W); 0 is background.
@@ -278,13 +349,15 @@ def boxes_of_mask(
 
     Returns:
         Names and boxes, 0-based pixel edges; parts that touch at a corner are one, and so are
-        parts of several values of one name, as soft edges have.
+        parts of several values of one name, as soft edges have. And the parts as
+        :meth:`VocWriter.add` takes masks: int32 (H, W), i + 1 in the i-th of them.
     """
     values_of: dict[str, list[int]] = {}
     for value in np.unique(mask[mask != 0]).tolist():
         if (name := name_of(value)) is not None:
             values_of.setdefault(name, []).append(value)
     objects: list[tuple[str, Box]] = []
+    labels = np.zeros(mask.shape, dtype=np.int32)
     for name, values in values_of.items():
         parts, _ = ndimage.label(np.isin(mask, values), structure=np.ones((3, 3)))
         sizes = np.bincount(parts.ravel())
@@ -292,4 +365,5 @@ def boxes_of_mask(
             if sizes[label] >= min_pixels:
                 x0, y0, x1, y1 = columns.start, rows.start, columns.stop, rows.stop
                 objects.append((name, (float(x0), float(y0), float(x1), float(y1))))
-    return objects
+                labels[parts == label] = len(objects)
+    return objects, labels

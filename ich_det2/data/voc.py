@@ -103,6 +103,7 @@ def write_voc(
     height: int,
     objects: Iterable[tuple[str, Box]],
     database: str | None = None,
+    segmented: bool = False,
 ) -> None:
     """Write a VOC annotation that LabelImg opens and ``read_voc`` reads back, to
     ``DECIMALS`` places.
@@ -116,6 +117,7 @@ def write_voc(
         objects: pairs of class name and ``(x0, y0, x1, y1)`` in 0-based pixel edges inside the
             image, at least one pixel wide and high (VOC's inclusive corners cannot say less).
         database: where the annotation comes from, kept in ``source/database``.
+        segmented: whether the image has masks in ``SegmentationObject``.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -141,7 +143,7 @@ def write_voc(
     size = _add(root, "size")
     for tag, value in (("width", width), ("height", height), ("depth", 1)):
         _add(size, tag, str(int(value)))
-    _add(root, "segmented", "0")
+    _add(root, "segmented", str(int(segmented)))
     for index, (label, box) in enumerate(objects):
         _add_object(root, label, box, width, height, f"{path}: object {index}")
 

@@ -10,7 +10,10 @@ from ..lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        ".write": ["KINDS", "SR_CLASSES", "build_objects", "check_dicom_output", "write_dicom"],
+        ".write": [
+            *("ALL_KINDS", "KINDS", "SR_CLASSES"),
+            *("build_objects", "check_dicom_output", "write_dicom"),
+        ],
         ".study": ["StudyDiagnosis", "studies"],
     },
 )

@@ -16,10 +16,16 @@ from .study import NOTICE, StudyDiagnosis
 MANUFACTURER = "ich_det2"
 
 # Beside the numbers of what scanners and people make.
-SERIES = {"sr": 9001, "gsps": 9002, "sc": 9003, "kos": 9004}
+SERIES = {"sr": 9001, "gsps": 9002, "sc": 9003, "kos": 9004, "seg": 9005}
 """Series Number by kind of object."""
 
-_TITLES = {"sr": "ICH report", "gsps": "ICH boxes", "sc": "ICH pictures", "kos": "ICH key images"}
+_TITLES = {
+    "sr": "ICH report",
+    "gsps": "ICH boxes",
+    "sc": "ICH pictures",
+    "kos": "ICH key images",
+    "seg": "ICH masks",
+}
 
 
 def series_attributes(study: StudyDiagnosis, kind: str, number: int = 1, part: str = "") -> dict:
@@ -52,17 +58,30 @@ def device(study: StudyDiagnosis) -> dict:
 
 def algorithm(study: StudyDiagnosis) -> AlgorithmIdentification:
     """The model, for TID 4019."""
-    model = study.diagnosis.model
-    sha256 = model.get("sha256", "")
+    name, version, parameters = algorithm_facts(study)
     return AlgorithmIdentification(
-        name=f"{MANUFACTURER} {model.get('run', '')}".strip(),
-        version=__version__ + (f"+{sha256[:12]}" if sha256 else ""),
+        name=name,
+        version=version,
         family=ARTIFICIAL_INTELLIGENCE,
         manufacturer=MANUFACTURER,
-        parameters=[
-            f"threshold={study.diagnosis.threshold:.6g}",
-            f"patient_rule={model.get('patient_rule', 'any')}",
-        ],
+        parameters=[f"{key}={value}" for key, value in parameters.items()],
+    )
+
+
+def algorithm_facts(study: StudyDiagnosis) -> tuple[str, str, dict[str, str]]:
+    """Name and version of the model, and what its verdicts depend on."""
+    model = study.diagnosis.model
+    sha256 = model.get("sha256", "")
+    name = f"{MANUFACTURER} {model.get('run', '')}".strip()
+    version = __version__ + (f"+{sha256[:12]}" if sha256 else "")
+    rule = model.get("patient_rule", "any")
+    return (
+        name,
+        version,
+        {
+            "threshold": f"{study.diagnosis.threshold:.6g}",
+            "patient_rule": rule,
+        },
     )
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 KINDS = ("sr", "gsps", "sc", "kos")
 """Structured report, presentation state, Secondary Capture, Key Object Selection."""
 
+ALL_KINDS = (*KINDS, "seg")
+"""And, of a model that gives masks, Segmentation."""
+
 SR_CLASSES = ("3d", "comprehensive")
 """Comprehensive 3D SR, which IHE's AI Results asks for, or Comprehensive SR for older viewers."""
 
@@ -40,7 +43,7 @@ def build_objects(
 
     Args:
         study: of :func:`studies`.
-        kinds: of ``KINDS``.
+        kinds: of ``ALL_KINDS``.
         sr_class: of ``SR_CLASSES``.
         previous: reports of the study that the new one takes the place of.
 
@@ -52,12 +55,14 @@ def build_objects(
     from .key_objects import build_key_objects
     from .presentation import build_presentations
     from .report import build_report
+    from .segmentation import build_segmentations
 
     builders = {
         "sr": lambda: [build_report(study, sr_class, previous)],
         "gsps": lambda: build_presentations(study),
         "sc": lambda: build_captures(study),
         "kos": lambda: [build_key_objects(study)],
+        "seg": lambda: build_segmentations(study),
     }
     for kind in kinds:
         with warnings.catch_warnings():
@@ -80,7 +85,7 @@ def write_dicom(
     Args:
         diagnosis: of DICOM files.
         folder: a new one; it gets ``<patient>/<study>/<kind>-<number>.dcm`` and ``objects.json``.
-        kinds: of ``KINDS``.
+        kinds: of ``ALL_KINDS``.
         sr_class: of ``SR_CLASSES``.
         force: replace an earlier result of this function.
 
@@ -135,8 +140,8 @@ def check_dicom_output(
     Raises:
         ValueError: one sentence with the remedy.
     """
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"DICOM objects {', '.join(unknown)}: expected {', '.join(KINDS)}.")
+    if unknown := [kind for kind in kinds if kind not in ALL_KINDS]:
+        raise ValueError(f"DICOM objects {', '.join(unknown)}: expected {', '.join(ALL_KINDS)}.")
     if sr_class not in SR_CLASSES:
         raise ValueError(f"sr_class is {sr_class!r}, expected one of {', '.join(SR_CLASSES)}.")
     if importlib.util.find_spec("highdicom") is None:

@@ -14,8 +14,8 @@ from ..files import write_atomically
 from ..modeling.channels import RGB, adapt_input_weights
 from ..modeling.weights import LIBRARY_PREFIXES
 
-# What a detector's backbone has beyond a network for ImageNet: an FPN, deformable convolutions.
-_ADDED = re.compile(r"backbone\.(fpn_|top_block\.)|.*\.conv2_offset\.")
+# What a backbone has beyond a network for ImageNet: an FPN, deformable or 3D convolutions.
+_ADDED = re.compile(r"backbone\.(fpn_|top_block\.|collapse\.|project\.)|.*\.conv2_offset\.")
 
 LAST_CHECKPOINT = "last_checkpoint"
 """The file of OUTPUT_DIR in which fvcore's Checkpointer notes what --resume goes on from."""
@@ -90,7 +90,13 @@ class IchCheckpointer(DetectionCheckpointer):
         heads = checkpoint.pop("heads", ())
         if "__author__" in checkpoint or checkpoint.get("matching_heuristics"):
             channels = len(getattr(self.model, "pixel_mean", range(RGB)))
+            # Of a backbone whose 2D network sees something else than the image.
+            backbone = getattr(self.model, "backbone", None)
+            channels = getattr(backbone, "network_channels", channels)
             adapt_input_weights(checkpoint["model"], channels)
+        for name, module in self.model.named_modules():
+            if hasattr(module, "take_sizes"):  # of a fitted part, as many as were found then
+                module.take_sizes(checkpoint["model"], f"{name}." if name else "")
         incompatible = super()._load_model(checkpoint)
         none_fits = len(incompatible.missing_keys) == len(self.model.state_dict())
         # Stock Detectron2 has no ratio k; it starts at its first value. A norm's count of batches

@@ -12,12 +12,14 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from .. import zoo
 from ..data.datasets import check_images, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import metric_names
+from ..modeling import KnownMaskHead
 from ..modeling.keys import THAWED, check_read_keys
 from ..modeling.weights import LIBRARY_PREFIXES
 from .anchors import fill_anchors, take_trained_anchors
@@ -28,6 +30,7 @@ from .config import (
     differences,
     first_line,
     flatten,
+    has_all_masks,
     is_classifier,
     is_retinanet,
     is_segmenter,
@@ -109,15 +112,15 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         _check_training(cfg, num_processes)
     trained = RunFolder.beside(cfg.MODEL.WEIGHTS) if eval_only else run
     if continues or eval_only:
-        if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS:
+        if trained.config.is_file() and not trained.read_config().MODEL.WEIGHTS and _is_frozen(cfg):
             _thaw(cfg)
     if continues:
         take_trained_anchors(cfg, run.path)
         run.check_continues(cfg)
-    _check_data(cfg, eval_only)
+    read = _check_data(cfg, eval_only)
     _check_read(cfg, trained if continues or eval_only else None, training=not eval_only)
     if not eval_only:
-        _check_best_metric(cfg)
+        _check_best_metric(cfg, read)
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:
         take_trained_anchors(cfg)
@@ -128,6 +131,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         model = build_model(cfg)
     except (KeyError, AssertionError) as error:
         raise ValueError(f"{first_line(error)}.") from error
+    if getattr(model, "needs_fit", False) and not eval_only:
+        _check_labels(cfg)
     if continues:
         check_fits(model, checkpoint)
         return
@@ -187,11 +192,14 @@ def check_values(cfg: CfgNode) -> None:
             words = " and ".join(filter(None, ends))
             kind = "one number or more" if several else "a number"
             raise ValueError(f"{key} is {value!r}, expected {kind} {words}".rstrip() + ".")
+    reach = cfg.INPUT.CONTEXT_SLICES
+    channels = 2 * reach + 1 if reach > 0 else CHANNELS
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
-        if len(cfg.MODEL[key]) != CHANNELS:
+        if len(cfg.MODEL[key]) != channels:
             raise ValueError(
                 f"MODEL.{key} has {len(cfg.MODEL[key])} values {list(cfg.MODEL[key])}, expected"
-                f" {CHANNELS}: images have {CHANNELS} channels, whatever INPUT.WINDOWS is."
+                f" {channels}: images have {channels} channels, with INPUT.CONTEXT_SLICES {reach},"
+                " whatever INPUT.WINDOWS is."
             )
     for window in cfg.INPUT.WINDOWS:
         pair = isinstance(window, (list, tuple)) and len(window) == 2
@@ -266,6 +274,11 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
             f"TEST.DIAGNOSIS.PATIENCE is {cfg.TEST.DIAGNOSIS.PATIENCE}, but TEST.EVAL_PERIOD 0"
             " validates after the last iteration only; set a period, or PATIENCE 0."
         )
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT != "bitmask":
+        raise ValueError(
+            f"MODEL.MASK_ON is True with INPUT.MASK_FORMAT '{cfg.INPUT.MASK_FORMAT}', expected"
+            " 'bitmask': masks of slices are pixels."
+        )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         logger.warning(
             "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True: no healthy slice is trained on."
@@ -280,8 +293,12 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
         )
 
 
-def _check_data(cfg: CfgNode, eval_only: bool) -> None:
-    """Data sets are there and fit the model, their images can be read; says who is in two roles."""
+def _check_data(cfg: CfgNode, eval_only: bool) -> dict[str, list[dict]]:
+    """Data sets are there and fit the model, their images can be read; says who is in two roles.
+
+    Returns:
+        Dataset dicts by name of the data set.
+    """
     register_ich_datasets(cfg.DATASETS.ICH_ROOT, cfg.DATASETS.ICH_CLASSES, **dataset_settings(cfg))
     roles = ("TEST",) if eval_only else ROLES
     if eval_only and not cfg.DATASETS.TEST:
@@ -294,6 +311,8 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
         read[name] = DatasetCatalog.get(name)
         check_images(read[name])
         _check_classes(cfg, name)
+    if cfg.MODEL.MASK_ON and not eval_only:
+        _check_masks(cfg, [d for name in cfg.DATASETS.TRAIN for d in read[name]])
     if cfg.TEST.DIAGNOSIS.SMOOTHING:
         scored = (cfg.DATASETS[role] for role in roles if role != "TRAIN")
         for name in dict.fromkeys(itertools.chain(*scored)):
@@ -305,6 +324,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             " the evaluation is too optimistic.",
             *(first, other, len(shared), patient, *shared[patient]),
         )
+    return read
 
 
 def _check_classes(cfg: CfgNode, name: str) -> None:
@@ -316,6 +336,29 @@ def _check_classes(cfg: CfgNode, name: str) -> None:
             f"{key} is {flatten(cfg)[key]}, but data set '{name}' has {len(classes)} classes"
             f" {list(classes)}{whose}; give as many, or leave {key} out."
         )
+
+
+def _check_masks(cfg: CfgNode, dicts: Sequence[dict]) -> None:
+    known = [bool(a.get("segmentation")) for d in dicts for a in d["annotations"]]
+    names = ", ".join(cfg.DATASETS.TRAIN)
+    if not any(known):
+        raise ValueError(
+            f"MODEL.MASK_ON is True, but no box of {names} has a mask; add SegmentationObject/ or"
+            " SegmentationClass/ to the tree, or set MODEL.MASK_ON False."
+        )
+    if all(known):
+        return
+    head, unknown = cfg.MODEL.ROI_MASK_HEAD.NAME, known.count(False)
+    if head in ROI_MASK_HEAD_REGISTRY and not issubclass(
+        ROI_MASK_HEAD_REGISTRY.get(head), KnownMaskHead
+    ):
+        raise ValueError(
+            f"{unknown} of {len(known)} boxes of {names} have no mask, which MODEL.ROI_MASK_HEAD"
+            f".NAME {head} would take for empty ones; set {KnownMaskHead.__name__}."
+        )
+    logger.warning(
+        "%d of %d boxes of %s have no mask; they teach no mask.", unknown, len(known), names
+    )
 
 
 def _check_places(name: str, dicts: Sequence[dict]) -> None:
@@ -335,14 +378,29 @@ def _check_places(name: str, dicts: Sequence[dict]) -> None:
         )
 
 
-def _check_best_metric(cfg: CfgNode) -> None:
+def _check_labels(cfg: CfgNode) -> None:
+    dicts = itertools.chain(*map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
+    labels = [int(d.get("image_label", len(d.get("annotations", ())) > 0)) for d in dicts]
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: the {len(labels)} slices are all of"
+            f" label {labels[0]}, but {cfg.MODEL.CLASSIFIER.NAME} is fitted to slices with and"
+            " without hemorrhage."
+        )
+
+
+def _check_best_metric(cfg: CfgNode, read: dict[str, list[dict]]) -> None:
     metric, sets = cfg.TEST.DIAGNOSIS.BEST_METRIC, cfg.DATASETS.VAL
-    names = [
+    names = []
+    for name in sets:
+        annotations = [a for d in read[name] for a in d["annotations"]]
+        metrics = metric_names(
+            None if is_classifier(cfg) else _classes_of(cfg, name),
+            masks=cfg.MODEL.MASK_ON and any(a.get("segmentation") for a in annotations),
+            segm=cfg.MODEL.MASK_ON and has_all_masks(read[name]),
+        )
         # As DefaultTrainer.test names the results of several data sets.
-        f"{name}/{metric}" if len(sets) > 1 else metric
-        for name in sets
-        for metric in metric_names(None if is_classifier(cfg) else _classes_of(cfg, name))
-    ]
+        names += [f"{name}/{metric}" if len(sets) > 1 else metric for metric in metrics]
     if metric not in names:
         close = ", ".join(difflib.get_close_matches(metric, names, 3, 0))
         raise ValueError(
@@ -363,14 +421,18 @@ def thaw_without_weights(cfg: CfgNode) -> None:
 
     Frozen batch norms that were never trained let a ResNet's features grow until they overflow.
     """
-    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    if cfg.MODEL.WEIGHTS or not frozen or is_classifier(cfg) or is_segmenter(cfg):
+    if cfg.MODEL.WEIGHTS or not _is_frozen(cfg):
         return
     _thaw(cfg)
     logger.warning(
         "MODEL.WEIGHTS is empty: training starts from random weights, so no layer and no batch norm"
         " of the backbone is frozen."
     )
+
+
+def _is_frozen(cfg: CfgNode) -> bool:
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    return frozen and not is_classifier(cfg) and not is_segmenter(cfg)  # which have no backbone
 
 
 def _thaw(cfg: CfgNode) -> None:

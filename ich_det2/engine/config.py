@@ -39,7 +39,7 @@ _CONTINUABLE = _PLACE | frozenset(
 _ANSWERS = re.compile(r"(INPUT|MODEL|TEST)\.|DATASETS\.ICH_CLASSES$")
 # Of these, what only a training reads, or how answers are judged.
 _NO_ANSWERS = re.compile(
-    r"INPUT\.(AUG|CROP)\.|INPUT\.RANDOM_FLIP|MODEL\.WEIGHTS|MODEL\.ANCHOR_GENERATOR\.CLUSTERS"
+    r"INPUT\.(AUG|CROP)\.|INPUT\.(RANDOM_FLIP|MASK_FORMAT)|MODEL\.WEIGHTS|MODEL\.ANCHOR_GENERATOR\.CLUSTERS"
     r"|.*_TRAIN(ING|_SAMPLING)?$|.*FREEZE|.*\.(COST|SAMPLER)\.|.*LOSS|.*(BATCH_SIZE_PER_IMAGE"
     r"|POSITIVE_FRACTION|IOU_THRESHOLDS|IOUS|PRIOR_PROB|POS_WEIGHT|BN_MOMENTUM|DROPOUT)$"
     r"|TEST\.(EVAL_PERIOD|EXPECTED_RESULTS|DIAGNOSIS(?!\.SMOOTHING(_IOU|_BOXES)?$))"
@@ -171,7 +171,18 @@ def context_settings(cfg: CfgNode) -> dict:
 
 def dataset_settings(cfg: CfgNode) -> dict:
     """What the mapper asks of a dataset, as arguments of :func:`register_ich_datasets`."""
-    return {**context_settings(cfg), "head_crop": cfg.INPUT.HEAD_CROP}
+    crop, masks = cfg.INPUT.HEAD_CROP, reads_masks(cfg)
+    return {**context_settings(cfg), "head_crop": crop, "masks": masks}
+
+
+def reads_masks(cfg: CfgNode) -> bool:
+    """Whether the masks of a data set are read, for training or evaluation."""
+    return cfg.INPUT.MASK_FORMAT == "bitmask"
+
+
+def has_all_masks(dicts: Sequence[dict]) -> bool:
+    """Whether each box of a data set has a mask, as COCO's evaluation of masks asks for."""
+    return all(a.get("segmentation") for d in dicts for a in d["annotations"])
 
 
 def first_line(error: BaseException) -> str:

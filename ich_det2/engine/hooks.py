@@ -1,11 +1,15 @@
-"""Hooks that validate the diagnosis during training and keep the best model."""
+"""Hooks that fit, validate the diagnosis during training, and keep the best model."""
 
+import itertools
 import json
 import logging
 import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import torch
 from detectron2.engine import hooks
+from detectron2.evaluation import inference_context
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
@@ -13,8 +17,47 @@ from ..evaluation.plots import plot_history
 from ..files import write_atomically, write_csv
 from .run_folder import RunFolder
 
-LOWER_IS_BETTER = ("expected_cost", "_fp", "_fn")
+LOWER_IS_BETTER = ("expected_cost", "_fp", "_fn", "volume_error")
 """Ends of the names of metrics whose smallest value is the best."""
+
+
+class FitHook(hooks.HookBase):
+    """Fits what a model does not learn by gradients, such as a support vector machine.
+
+    Before each validation and checkpoint the model's ``fit`` gets what its ``embed`` says of each
+    training slice, as it is, without augmentation, and the labels. Every process sees its share of
+    the slices, and fits the same to all of them.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        periods: Sequence[int],
+        build_loader: Callable[[], Iterable[list[dict]]],
+    ):
+        """
+        Args:
+            model: with ``embed`` and ``fit``, as ``ImageClassifier`` has them.
+            periods: iterations between validations and between checkpoints, 0 for none; it also
+                fits after the last iteration.
+            build_loader: gives a loader of this process's share of the training set, in order.
+        """
+        self._model, self._periods, self._build_loader = model, periods, build_loader
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        if done >= self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
+            self._fit()
+
+    def _fit(self) -> None:
+        share = []
+        with inference_context(self._model), torch.no_grad():
+            for batch in self._build_loader():
+                features = self._model.embed(batch).float().cpu()
+                share += zip(features, [x["image_label"] for x in batch])
+        features, labels = zip(*itertools.chain(*comm.all_gather(share)))
+        self._model.fit(torch.stack(features), torch.tensor(labels))
+        logging.getLogger(__name__).info("Fitted to %d training slices.", len(labels))
 
 
 class DiagnosisHook(hooks.EvalHook):

@@ -11,7 +11,7 @@
     what_if/<name>/              evaluations with others: config.yaml and evaluation.json say with
                                  which, inference/<dataset>/ holds what came out
     earlier-<n>/                 what was left of a training that never reached a checkpoint
-    settings.json, done, terminal.txt
+    settings.json, done, terminal.txt, cost.json
                                  of a cell of an experiment
 
 A folder in which a model of another one was evaluated holds the files of a what-if.
@@ -68,6 +68,7 @@ class RunFolder:
     settings = _file("settings.json")
     done = _file("done")
     terminal = _file("terminal.txt")
+    cost = _file("cost.json")
     _last = _file(LAST_CHECKPOINT)
 
     def __init__(self, path: str | os.PathLike):

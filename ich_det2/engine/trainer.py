@@ -5,6 +5,7 @@ import weakref
 
 from detectron2.data import (
     DatasetCatalog,
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
     get_detection_dataset_dicts,
@@ -18,9 +19,10 @@ from ..data.crop import uncrop
 from ..data.mapper import IchDatasetMapper
 from ..data.samplers import PositiveShareSampler
 from ..evaluation.evaluator import DiagnosisEvaluator
+from ..evaluation.mask_evaluator import MaskEvaluator
 from .checkpoint import IchCheckpointer
-from .config import is_classifier, learns_from_labels
-from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping
+from .config import has_all_masks, is_classifier, learns_from_labels, reads_masks
+from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping, FitHook
 from .operating_point import choose_operating_point
 from .partitions import share_images
 from .report import write_reports
@@ -176,6 +178,7 @@ class IchTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name: str):
         output_dir = RunFolder(cfg.OUTPUT_DIR).inference(dataset_name)
+        truth = DatasetCatalog.get(dataset_name)
         diagnosis = DiagnosisEvaluator(
             thresholds=cfg.TEST.DIAGNOSIS.THRESHOLDS,
             operating_threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
@@ -184,20 +187,31 @@ class IchTrainer(DefaultTrainer):
             smoothing=cfg.TEST.DIAGNOSIS.SMOOTHING,
             smoothing_iou=cfg.TEST.DIAGNOSIS.SMOOTHING_IOU,
             smoothing_boxes=cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES,
-            truth=DatasetCatalog.get(dataset_name),
+            truth=truth,
             output_dir=output_dir,
         )
         if is_classifier(cfg):
             return diagnosis
+        tasks, evaluators = ["bbox"], [diagnosis]
+        if reads_masks(cfg):
+            masks = MaskEvaluator(
+                classes=MetadataCatalog.get(dataset_name).thing_classes,
+                threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
+                truth=truth,
+                output_dir=output_dir,
+            )
+            evaluators.append(masks)
+        if cfg.MODEL.MASK_ON and has_all_masks(truth):
+            tasks.append("segm")
         coco = COCOEvaluator(
             dataset_name,
-            tasks=("bbox",),
+            tasks=tasks,
             output_dir=str(output_dir),
             # Detectron2 from a package index has no compiled ops.
             use_fast_impl=False,
             allow_cached_coco=False,
         )
-        return _Evaluators([coco, diagnosis])
+        return _Evaluators([coco, *evaluators])
 
     def build_hooks(self) -> list:
         cfg = with_datasets(self.cfg, self.cfg.DATASETS.VAL)
@@ -211,11 +225,17 @@ class IchTrainer(DefaultTrainer):
             own.append(best)
         if cfg.TEST.DIAGNOSIS.PATIENCE > 0:
             own.append(EarlyStopping(period, cfg.TEST.DIAGNOSIS.PATIENCE, best))
-        return [
+        built = [
             replacement
             for hook in super().build_hooks()
             for replacement in (own if isinstance(hook, hooks.EvalHook) else [hook])
         ]
+        model = self.checkpointer.model  # without the wrapper of several processes
+        if getattr(model, "needs_fit", False):
+            train, periods = list(cfg.DATASETS.TRAIN), (period, cfg.SOLVER.CHECKPOINT_PERIOD)
+            fit = FitHook(model, periods, lambda: self.build_test_loader(cfg, train))
+            built.insert(1, fit)  # behind the timer, ahead of what saves and validates
+        return built
 
     def test_best(self) -> dict:
         """Evaluates the best model by validation on ``DATASETS.TEST``, once.

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from .boxes import box_recall
+from .boxes import SIZES, box_recall, thirds
 from .calibration import calibrate, expected_calibration_error, reliability
 from .compare import delong_test, mcnemar_test, paired_bootstrap
 from .diagnosis import (
@@ -147,8 +147,8 @@ def analyse(
     Returns:
         "n_images", "n_patients", "operating_threshold", "cost_ratio", "intervals" (how the
         bootstrap's were made), "levels" (image, patient: ``summarize`` with "intervals", "wilson"
-        and "delong"), "thresholds", "patient_rules", "types", "lesions" (None without boxes) and
-        "calibration" (None unless the scores are in [0, 1]). What is undefined is NaN.
+        and "delong"), "thresholds", "patient_rules", "types", "sizes", "lesions" (None without
+        boxes) and "calibration" (None unless the scores are in [0, 1]). What is undefined is NaN.
     """
     rule = settings.patient_rules[0]
     levels = levels_of(predictions, rule)
@@ -171,6 +171,7 @@ def analyse(
             for rule in settings.patient_rules
         },
         "types": _types(predictions, levels, settings),
+        "sizes": _sizes(predictions, settings),
         "lesions": _lesions(predictions, settings),
         "calibration": _calibration(levels, temperature),
     }
@@ -239,6 +240,39 @@ def _types(predictions: Predictions, levels: dict[str, Cases], settings: Setting
             for name, entry in found.items()
         }
     return result
+
+
+def _sizes(predictions: Predictions, settings: Settings) -> list[dict]:
+    """Recall of the slices with true boxes, by the area of their largest one."""
+    true = predictions.true_boxes or []
+    area = np.array([(boxes[:, 2] * boxes[:, 3]).max(initial=-1) for boxes in true])
+    has = np.flatnonzero(area >= 0)
+    if not len(has):
+        return []
+    third, bounds = thirds(area[has])
+    called = predictions.scores >= settings.operating_threshold
+    healthy, rows = predictions.labels == 0, []
+    for i, (name, (low, high)) in enumerate(zip(SIZES, bounds)):
+        chosen = np.zeros(len(area), dtype=bool)
+        chosen[has[third == i]] = True
+        if not chosen.any():
+            continue
+        judged = chosen | healthy
+        rows.append(
+            {
+                "size": name,
+                "from": low,
+                "to": high,
+                "n": int(chosen.sum()),
+                "tp": int((chosen & called).sum()),
+                "recall": float(called[chosen].mean()),
+                "wilson": _wilson(chosen & called, chosen, predictions.patients),
+                "recall_at_specificity_0.90": recall_at_specificity(
+                    chosen[judged], predictions.scores[judged], 0.90
+                ),
+            }
+        )
+    return rows
 
 
 def _lesions(predictions: Predictions, settings: Settings) -> dict | None:

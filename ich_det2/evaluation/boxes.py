@@ -21,6 +21,24 @@ except ImportError:
 COCO_IOUS = tuple(np.linspace(0.5, 0.95, 10))
 """IoU thresholds that COCO's AP averages over."""
 
+SIZES = ("small", "medium", "large")
+"""Names of :func:`thirds`."""
+
+
+def thirds(areas: np.ndarray) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Deals areas, at least one, to three sizes, equally many to each but for ties.
+
+    Args:
+        areas: (G,), squared pixels.
+
+    Returns:
+        The size of each, index into ``SIZES``, and the bounds of each size: what is equal to the
+        upper one belongs to it.
+    """
+    low, high = np.quantile(areas, (1 / 3, 2 / 3))
+    bounds = [(areas.min(), low), (low, high), (high, areas.max())]
+    return np.digitize(areas, (low, high), right=True), [(float(a), float(b)) for a, b in bounds]
+
 
 def box_recall(
     predicted: Sequence[np.ndarray],

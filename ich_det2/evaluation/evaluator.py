@@ -14,6 +14,7 @@ from tabulate import tabulate
 from ..files import write_csv, write_json
 from .analysis import Settings, levels_of, summaries, threshold_rows
 from .diagnosis import COST_RATIO, METRICS
+from .mask_evaluator import MASK_METRICS
 from .plots import plot_roc, plot_thresholds
 from .predictions import SMOOTHED, Predictions, write_boxes, write_predictions
 from .smoothing import check_weights, smooth_boxes, smooth_scores
@@ -184,11 +185,15 @@ def _metrics(summary: dict[str, dict]) -> dict[str, float]:
     }
 
 
-def metric_names(classes: Sequence[str] | None) -> list[str]:
+def metric_names(
+    classes: Sequence[str] | None, *, masks: bool = False, segm: bool = False
+) -> list[str]:
     """What a validation gives, as the event storage names it: "diagnosis/image_auc", "bbox/AP50".
 
     Args:
         classes: of a detector; None for a classifier, which has no boxes.
+        masks: of a detector whose masks are evaluated.
+        segm: and as COCO does.
     """
     ids, box = ["a"], None if classes is None else [np.zeros((1, 4))]
     found = None if classes is None else [np.zeros((1, 5))]
@@ -198,7 +203,9 @@ def metric_names(classes: Sequence[str] | None) -> list[str]:
         return names
     # Of Detectron2's COCOEvaluator.
     classes = [f"AP-{name}" for name in classes] if len(classes) > 1 else []
-    return [*names, *(f"bbox/{key}" for key in (*COCO_METRICS, *classes))]
+    tasks = ("bbox", "segm") if segm else ("bbox",)
+    names += [f"{task}/{key}" for task in tasks for key in (*COCO_METRICS, *classes)]
+    return [*names, *(f"masks/{key}" for key in MASK_METRICS if masks)]
 
 
 def write_evaluation(folder: Path, predictions: Predictions, settings: Settings) -> dict[str, dict]:

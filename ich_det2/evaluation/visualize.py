@@ -34,13 +34,14 @@ def draw_overlay(
     score: float,
     caption: str,
     truth: np.ndarray | None = None,
+    masks: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """Draws a slice, its boxes, and a strip below it with the verdict.
 
     True boxes, where given, are drawn thin in their own colour below the predicted ones.
 
     Boxes at or above the threshold are drawn strong, with label and score; those from half the
-    threshold up to it thin and dim.
+    threshold up to it thin and dim. Masks are drawn as the outlines of what is in them.
 
     Args:
         image: uint8 (H, W, C); the first channel is shown.
@@ -51,6 +52,7 @@ def draw_overlay(
         score: the slice's.
         caption: which slice it is.
         truth: true boxes, (G, 4): x0, y0, x1, y1 in pixels of the image.
+        masks: of the boxes, M of bool (H, W); None of a model without.
 
     Returns:
         uint8 RGB; wider than the image where that is narrow, and higher by the strip.
@@ -74,9 +76,11 @@ def draw_overlay(
     for i in order:
         if threshold / 2 <= scores[i] < threshold:
             _frame(draw, corners[i], CANDIDATE, unit)
+            _outline(draw, masks, i, factor, CANDIDATE, unit)
     found = [i for i in order[::-1] if scores[i] >= threshold]
     for i in reversed(found):
         _frame(draw, corners[i], POSITIVE, 2 * unit)
+        _outline(draw, masks, i, factor, POSITIVE, unit)
     taken = [tuple(corners[i]) for i in found]
     for i in found:
         text = f"{labels[i]} {_probability(scores[i], threshold)}"
@@ -118,6 +122,17 @@ def _frame(draw: ImageDraw.ImageDraw, box, colour, line: int) -> None:
     )
     if outer[2] >= outer[0] and outer[3] >= outer[1]:
         draw.rectangle(outer, outline=colour, width=line)
+
+
+def _outline(draw: ImageDraw.ImageDraw, masks, i: int, factor: int, colour, line: int) -> None:
+    """The outlines of the i-th mask, on the outermost of its pixels; of holes too."""
+    if masks is None:
+        return
+    mask = np.kron(masks[i].astype(np.uint8), np.ones((factor, factor), np.uint8))
+    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    for contour in contours:
+        points = [tuple(map(int, point)) for point in contour[:, 0]]
+        draw.line([*points, points[0]], fill=colour, width=line)
 
 
 def _write_label(draw, grey, box, text, taken, unit):

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from .boxes import SIZES, thirds
 from .diagnosis import (
     confusion_at_thresholds,
     group_index,
@@ -26,7 +27,6 @@ from .predictions import Predictions
 
 RECALL = "recall @ specificity 0.90"
 BOX_IOUS = (0.3, 0.5)
-SIZES = ("small", "medium", "large")
 _RULES = {"patient AUC (any)": "any", "patient AUC (top 3)": "top_3_mean"}
 _TOP_IOU = 0.3
 _BOXES_AN_IMAGE = 100  # as COCO
@@ -109,11 +109,9 @@ class Yardstick:
         if not self.has_boxes or not len(self._of_true):
             return []
         area = np.concatenate([boxes[:, 2] * boxes[:, 3] for boxes in self.found.true_boxes])
-        low, high = np.quantile(area, (1 / 3, 2 / 3))
-        third = np.digitize(area, (low, high), right=True)
-        bounds = ((area.min(), low), (low, high), (high, area.max()))
+        third, bounds = thirds(area)
         return [
-            {"size": name, "from": float(a), "to": float(b), **self._recalls(third == i)}
+            {"size": name, "from": a, "to": b, **self._recalls(third == i)}
             for i, (name, (a, b)) in enumerate(zip(SIZES, bounds))
         ]
 

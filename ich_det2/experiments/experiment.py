@@ -21,11 +21,15 @@ from ..data.tree import LISTS
 from ..engine.config import flatten
 from ..evaluation.predictions import read_predictions
 from ..evaluation.visualize import draw_predictions
+from ..evaluation.yardstick import Yardstick
 from ..files import write_atomically, write_csv, write_json
 from . import figures
 from .cells import Cell
+from .cost import read_cost
 from .results import (
     SEED,
+    differences_to,
+    not_above_chance,
     patterns,
     select,
     spread_table,
@@ -202,10 +206,20 @@ class ReportCallback(Callback):
 # ---- reports of each kind ---------------------------------------------------------------------
 
 
-def _tables(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> tuple[list[dict], str]:
-    """Writes results.csv, table.csv and table.md; returns the rows of results and table.md."""
+def _tables(
+    cfg: Mapping, folder: Path, cells: Sequence[Cell], further: Sequence[Mapping] = ()
+) -> tuple[list[dict], str]:
+    """Writes results.csv and table.csv; returns the rows of results and the table as Markdown.
+
+    Args:
+        cfg, folder, cells: of the report.
+        further: numbers of each cell beside those of its evaluations.
+    """
     axes = list(cfg["grid"])
-    rows = [{**cell.values, **cell.run.read_results()} for cell in cells]
+    rows = [
+        {**cell.values, **cell.run.read_results(), **more}
+        for cell, more in itertools.zip_longest(cells, further, fillvalue={})
+    ]
     write_csv(folder / "results.csv", list(dict.fromkeys(k for row in rows for k in row)), rows)
     table = spread_table(rows, axes, cfg["metrics"])
     write_csv(folder / "table.csv", list(table[0]), table)
@@ -285,6 +299,38 @@ def _pictures(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
     return _write(folder, text)
 
 
+def _systems(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
+    wanted = cfg["systems"]
+    by, dataset = wanted["by"], wanted["dataset"]
+    found: dict[str, dict] = {}
+    further = []
+    for cell in cells:
+        yardstick = Yardstick(read_predictions(cell.run.inference(dataset)))
+        found.setdefault(str(cell.values[by]), {})[cell.values.get(SEED)] = yardstick
+        cost = read_cost(cell.run, dataset, wanted["num_slices"])
+        further.append({**yardstick.metrics(), **cost})
+    rows, text = _tables(cfg, folder, cells, further)
+    differences = differences_to(found, wanted["reference"], by)
+    if weak := [name for name, seeds in found.items() if not_above_chance(seeds.values())]:
+        text += f"\nNot told from chance by the AUC of slices: {', '.join(weak)}.\n"
+    if differences:
+        write_csv(folder / "differences.csv", list(differences[0]), differences)
+        text += f"\nDifferences to {wanted['reference']} (95 % interval over patients, p):\n\n"
+        text += _difference_table(differences, by) + "\n"
+    _draw(folder, cfg, figures.plot_systems, rows, differences, by)
+    return _write(folder, text)
+
+
+def _difference_table(differences: Sequence[Mapping], by: str) -> str:
+    columns: dict[str, dict[str, str]] = {}
+    for row in differences:
+        words = "{difference:+.3f} ({low:+.3f} to {high:+.3f}), {p_value:.3f}".format(**row)
+        columns.setdefault(str(row[by]), {by: str(row[by])})[str(row["metric"])] = words
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    lines = [[column.get(name, "–") for name in names] for column in columns.values()]
+    return tabulate(lines, list(names), "github", disable_numparse=True)
+
+
 def _data(cfg: Mapping, folder: Path, cells: Sequence[Cell]) -> str:
     rows = split_table(Path(cfg["data"]["root"]))
     write_csv(folder / "table.csv", list(rows[0]), rows)
@@ -297,6 +343,7 @@ REPORTS: dict[str, Callable[[Mapping, Path, Sequence[Cell]], str]] = {
     "search": _search,
     "thresholds": _thresholds,
     "pictures": _pictures,
+    "systems": _systems,
     "data": _data,
 }
 

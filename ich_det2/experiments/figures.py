@@ -117,6 +117,42 @@ def plot_curves(rows: Sequence[dict], panels: Sequence[str], target: Target) -> 
     save_figure(figure, target)
 
 
+def plot_systems(
+    rows: Sequence[dict], differences: Sequence[dict], axis: str, target: Target
+) -> None:
+    """Systems below each other: AUC of slices, a dot a seed, beside the CPU time of a slice; and
+    how the AUC differs from the reference's, with its 95 % interval.
+
+    Args:
+        rows: of trainings, with "AUC" and "CPU-seconds a slice".
+        differences: of ``differences_to``.
+        axis: what tells the systems apart.
+        target: path of a PNG or SVG file.
+    """
+    names = list(dict.fromkeys(str(row[axis]) for row in rows))
+    place = {name: y for y, name in enumerate(reversed(names))}
+    figure = Figure(figsize=(15.0, 1.5 + 0.3 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    area, cost, against = figure.subplots(1, 3, sharey=True)
+    heights = [place[str(row[axis])] for row in rows]
+    area.plot([row["AUC"] for row in rows], heights, "o", color="C0", alpha=0.6)
+    area.axvline(0.5, color="grey", linestyle=":")
+    area.set(title="AUC of slices", xlim=(0.3, 1.02))
+    area.set_yticks(list(place.values()), list(place))
+    cost.plot([row["CPU-seconds a slice"] for row in rows], heights, "o", color="C2", alpha=0.6)
+    cost.set(title="CPU-seconds a slice", xscale="log")
+    for row in differences:
+        if row["metric"] == "AUC":
+            y, ends = place[str(row[axis])], [row["low"], row["high"]]
+            against.plot(ends, [y, y], color="C1")
+            against.plot(row["difference"], y, "o", color="C1")
+    against.axvline(0, color="grey", linestyle=":")
+    against.set(title="difference in AUC to the reference, 95 %")
+    for ax in (area, cost, against):
+        ax.grid(alpha=0.3)
+    save_figure(figure, target)
+
+
 def plot_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], names, target: Target) -> None:
     """Pictures of the same slices side by side, as the paper's figure 5.
 

@@ -5,12 +5,14 @@ A row has the training's values of the experiment's axes, "seed" among them, and
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from ..evaluation.diagnosis import diagnosis_table
+from ..evaluation.intervals import delong_interval
 from ..evaluation.predictions import Predictions
+from ..evaluation.yardstick import Yardstick, paired_differences
 
 SEED = "seed"
 Row = dict[str, object]
@@ -149,3 +151,39 @@ def patterns(
         places = np.unique(np.linspace(0, len(members) - 1, min(each, len(members))).astype(int))
         result["; ".join(parts)] = [members[i] for i in places]
     return result
+
+
+def differences_to(
+    found: Mapping[str, Mapping[object, Yardstick]], reference: str, axis: str
+) -> list[dict]:
+    """How systems differ from one of them, over the seeds that both have.
+
+    Args:
+        found: name -> seed -> what it is measured by, all on the same images.
+        reference: name; if it was not tested, there is nothing to compare with.
+        axis: what the names are.
+
+    Returns:
+        Rows with the axis, "seeds" (how many), and those of ``paired_differences``.
+
+    Raises:
+        ValueError: if a system was tested on other images than the reference.
+    """
+    rows: list[dict] = []
+    for name, seeds in found.items():
+        others = found.get(reference, {})
+        pairs = [(seeds[seed], others[seed]) for seed in seeds if seed in others]
+        if name == reference or not pairs:
+            continue
+        if any(one.found.image_ids != pairs[0][1].found.image_ids for p in pairs for one in p):
+            raise ValueError(f"'{name}' was tested on other images than '{reference}'.")
+        rows += [{axis: name, "seeds": len(pairs), **row} for row in paired_differences(pairs)]
+    return rows
+
+
+def not_above_chance(yardsticks: Iterable[Yardstick]) -> bool:
+    """Whether no seed's AUC of slices is above 0.5 with its 95 % interval over patients."""
+    lows = [
+        delong_interval(y.found.labels, y.found.scores, y.found.patients)[0] for y in yardsticks
+    ]
+    return not any(low > 0.5 for low in lows)

@@ -74,7 +74,9 @@ def diagnose(
     skipped = (*found.skipped, *failed)
     return Diagnosis(
         slices=tuple(slices),
-        patients=summarize_patients(slices, skipped, found.noticed, threshold, model.patient_rule),
+        patients=summarize_patients(
+            *(slices, skipped, found.noticed, threshold, model.patient_rule, model.classes)
+        ),
         skipped=skipped,
         model=model.facts,
         threshold=threshold,
@@ -133,6 +135,7 @@ def _detect(
                 classes=tuple(model.classes[i] for i in shown.classes),
                 raw_score=shown.raw_score,
                 raw_scores=shown.raw_scores,
+                masks=shown.masks,
             )
         )
     return results, failed

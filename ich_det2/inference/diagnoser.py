@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 
 from ..data.crop import Box, Entry, find_crops, uncrop
 from ..data.mapper import IchDatasetMapper
+from ..data.masks import encode_mask
 from ..engine.anchors import needs_anchors
 from ..engine.checkpoint import load_trained
 from ..engine.config import context_settings
@@ -44,6 +45,7 @@ class Detections:
             without (``ImageClassifier``); None for other detectors. Smoothed, if it is.
         raw_score: the slice's score before smoothing; None without.
         raw_scores: float64 (M,), of the boxes before smoothing; None where they keep theirs.
+        masks: of the boxes, as ``data.masks.encode_mask`` keeps them; None of a model without.
     """
 
     boxes: np.ndarray
@@ -53,6 +55,7 @@ class Detections:
     image_score: float | None = None
     raw_score: float | None = None
     raw_scores: np.ndarray | None = None
+    masks: tuple[dict, ...] | None = None
 
     @property
     def score(self) -> float:
@@ -69,12 +72,14 @@ class Detections:
 
     def of(self, which: np.ndarray) -> "Detections":
         """Some of the boxes: a mask or indices."""
+        kept = np.arange(len(self.scores))[which]
         return replace(
             self,
-            boxes=self.boxes[which],
-            scores=self.scores[which],
-            classes=self.classes[which],
-            raw_scores=None if self.raw_scores is None else self.raw_scores[which],
+            boxes=self.boxes[kept],
+            scores=self.scores[kept],
+            classes=self.classes[kept],
+            raw_scores=None if self.raw_scores is None else self.raw_scores[kept],
+            masks=None if self.masks is None else tuple(self.masks[i] for i in kept),
         )
 
 
@@ -317,6 +322,9 @@ def _detections(inputs: dict, output: dict) -> Detections:
         classes=instances.pred_classes.numpy(),
         size=instances.image_size,
         image_score=score,
+        masks=tuple(encode_mask(mask) for mask in instances.pred_masks.numpy())
+        if instances.has("pred_masks")
+        else None,
     )
 
 

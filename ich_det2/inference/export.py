@@ -32,8 +32,8 @@ def export_onnx(model: str | os.PathLike, path: str | os.PathLike, exam=None) ->
     The graph takes "image", float32 (3, S, S): a slice's channels from 0 to 255 as
     ``IchDatasetMapper`` makes them for S = ``INPUT.MIN_SIZE_TEST``. It gives "boxes" (M, 4), x0,
     y0, x1, y1 in pixels of that input, "scores" (M,), "classes" (M,) and, of a model with an image
-    score, "image_score" (). Reading, windowing, smoothing along the series and the verdict are not
-    in it; its metadata say what it is made of.
+    score, "image_score" (). Reading, windowing, masks, smoothing along the series and the verdict
+    are not in it; its metadata say what it is made of.
 
     Args:
         model: OUTPUT_DIR of a training, or ``zoo://NAME``.
@@ -56,6 +56,8 @@ def export_onnx(model: str | os.PathLike, path: str | os.PathLike, exam=None) ->
             f"the export needs {error.name}, which is not installed; pip install 'ich_det2[fast]'."
         ) from error
     diagnoser = Diagnoser.load(model, device="cpu")
+    if getattr(getattr(diagnoser.model, "roi_heads", None), "mask_on", False):
+        diagnoser.model.roi_heads.mask_on = False
     inputs = list(_inputs(diagnoser, exam))
     if not inputs:
         raise ValueError(

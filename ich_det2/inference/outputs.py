@@ -152,14 +152,14 @@ def write_slices(diagnosis: Diagnosis, folder: Path) -> None:
 def write_patients(diagnosis: Diagnosis, folder: Path) -> None:
     """``patients.csv``."""
     extra = ("patient_id",) if diagnosis.identify else ()
-    rows = [
-        {
-            **_six_decimals(row),
-            "complete": "yes" if row["complete"] else "no",
-            "notes": "; ".join(row["notes"]),
-        }
-        for row in patient_rows(diagnosis)
-    ]
+    classes = dict.fromkeys(c for p in diagnosis.patients for c in p.volume_ml or ())
+    extra += tuple(f"volume_ml_{name}" for name in classes)
+    rows = []
+    for row in patient_rows(diagnosis):
+        volumes = row.pop("volume_ml", None) or {}
+        told = {"complete": "yes" if row["complete"] else "no", "notes": "; ".join(row["notes"])}
+        volumes = {f"volume_ml_{name}": f"{value:.3f}" for name, value in volumes.items()}
+        rows.append(_six_decimals(row) | told | volumes)
     write_csv(folder / "patients.csv", (*PATIENT_FIELDS, *extra, *NOTE_FIELDS), rows)
 
 

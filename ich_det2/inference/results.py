@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.dicom import read_spacing
+from ..data.masks import decode_mask
+from ..data.pictures import is_picture
 from ..evaluation.diagnosis import diagnose as is_positive
 from ..evaluation.diagnosis import patient_scores
 from ..evaluation.predictions import RAW_SCORE
 from ..evaluation.visualize import draw_overlay
+from ..evaluation.volumes import volumes_ml
 from ..version import __version__
 from .slices import Noticed, Skipped, Slice
 
@@ -60,6 +64,7 @@ class SliceDiagnosis:
         classes: M names.
         raw_score: the score before smoothing; None without smoothing.
         raw_scores: float64 (M,), those of the boxes before smoothing; None where they keep theirs.
+        masks: M masks, as ``data.masks.encode_mask`` keeps them; None of a model without.
     """
 
     source: Slice = field(repr=False)
@@ -70,6 +75,7 @@ class SliceDiagnosis:
     classes: tuple[str, ...]
     raw_score: float | None = None
     raw_scores: np.ndarray | None = None
+    masks: tuple[dict, ...] | None = field(default=None, repr=False)
 
     @property
     def patient(self) -> str:
@@ -109,6 +115,9 @@ class PatientDiagnosis:
         worst_slice_file: of the highest score; None without a slice.
         n_slices_missing: that seem to be missing between those that are there.
         notes: what a person should know of the files.
+        volume_ml: by class, of the masks at or above the threshold: of the series in which it is
+            largest in all. None of a model without masks, or where pixel spacing or positions of
+            slices are not known.
         patient_id: as in the header.
     """
 
@@ -121,6 +130,7 @@ class PatientDiagnosis:
     worst_slice_file: str | None
     n_slices_missing: int = 0
     notes: tuple[str, ...] = ()
+    volume_ml: dict[str, float] | None = None
     patient_id: str = field(default="", repr=False)
 
     @property
@@ -197,6 +207,7 @@ class Diagnosis:
             threshold=self.threshold,
             score=of.score,
             caption=caption,
+            masks=None if of.masks is None else [decode_mask(mask) for mask in of.masks],
         )
 
     def to_dict(self) -> dict:
@@ -210,6 +221,8 @@ class Diagnosis:
             ]
             for box, raw in zip(boxes, [] if s.raw_scores is None else s.raw_scores):
                 box[RAW_SCORE] = float(raw)
+            for box, mask in zip(boxes, s.masks or ()):
+                box["mask"] = mask
             by_patient[s.patient].append({**left, "boxes": boxes})
         return {
             "tool": TOOL,
@@ -219,6 +232,11 @@ class Diagnosis:
             "threshold": self.threshold,
             "boxes": "[x0, y0, x1, y1] in pixels of the original image, from half the threshold up,"
             " and each slice's highest",
+            **(
+                {"masks": "COCO's run lengths (pycocotools), of the size [rows, columns]"}
+                if any(s.masks is not None for s in self.slices)
+                else {}
+            ),
             "patients": [
                 {**row, "slices": by_patient[row["patient"]]} for row in patient_rows(self)
             ],
@@ -277,8 +295,10 @@ def summarize_patients(
     noticed: dict[str, Noticed],
     threshold: float,
     rule: str,
+    classes: Sequence[str] = (),
 ) -> tuple[PatientDiagnosis, ...]:
-    """Patients by name; positive by the rule, see ``patient_scores``."""
+    """Patients by name; positive by the rule, see ``patient_scores``. The classes are the model's,
+    for the volumes."""
     names = dict.fromkeys([*noticed, *(n for s in skipped for n in s.patients)])
     found: dict[str, list[SliceDiagnosis]] = {name: [] for name in names}
     for s in slices:
@@ -302,10 +322,41 @@ def summarize_patients(
                 worst_slice_file=worst and worst.file,
                 n_slices_missing=known.n_missing,
                 notes=known.notes,
+                volume_ml=find_volumes(own, threshold, classes),
                 patient_id=own[0].source.identity.patient_id if own else "",
             )
         )
     return tuple(patients)
+
+
+def find_volumes(
+    slices: Sequence[SliceDiagnosis], threshold: float, classes: Sequence[str]
+) -> dict[str, float] | None:
+    """Volumes of a patient's lesions by class, see :attr:`PatientDiagnosis.volume_ml`."""
+    series: dict[str, list[SliceDiagnosis]] = {}
+    for s in slices:
+        series.setdefault(s.series, []).append(s)
+    found: list[np.ndarray] = []
+    for own in series.values():
+        if any(s.masks is None for s in own):
+            continue
+        areas = np.array([_areas_mm2(s, threshold, classes) for s in own])
+        volumes, _ = volumes_ml(areas, [s.source.position_mm for s in own])
+        found += [volumes] if np.isfinite(volumes).all() else []
+    if not found:
+        return None
+    return dict(zip(classes, max(found, key=np.sum).tolist()))
+
+
+def _areas_mm2(s: SliceDiagnosis, threshold: float, classes: Sequence[str]) -> list[float]:
+    """Areas of a slice's lesions by class; a pixel in several masks of a class counts once."""
+    kept = [(c, m) for c, m, x in zip(s.classes, s.masks or (), s.scores) if x >= threshold]
+    if not kept:
+        return [0.0] * len(classes)
+    path = s.source.path
+    rows_mm, columns_mm = (math.nan, math.nan) if is_picture(path) else read_spacing(path)
+    unions = [np.any([decode_mask(m) for c, m in kept if c == name], axis=0) for name in classes]
+    return [float(union.sum()) * rows_mm * columns_mm for union in unions]
 
 
 def verdict(score: float, threshold: float) -> str:
@@ -339,6 +390,8 @@ def patient_rows(diagnosis: Diagnosis) -> Iterator[dict]:
         row = {name: getattr(p, name) for name in PATIENT_FIELDS}
         if diagnosis.identify:
             row["patient_id"] = p.patient_id
+        if any(other.volume_ml is not None for other in diagnosis.patients):
+            row["volume_ml"] = p.volume_ml
         yield row | {name: getattr(p, name) for name in NOTE_FIELDS} | {"notes": list(p.notes)}
 
 

@@ -15,10 +15,16 @@ from .channels import set_input_channels
 
 CLASSIFIER_REGISTRY = Registry("CLASSIFIER")
 CLASSIFIER_REGISTRY.__doc__ = """
-Registry of networks of :class:`ImageClassifier`. The object is called as ``obj(input_size)`` with S
-and must give a module that maps (N, 3, S, S) to logits (N, 1), or, where its attribute
-``takes_sequence`` is true, (N, T, 3, S, S) to the logits of the middle slices. For images of C
-channels other than 3 its first convolution is adapted.
+Registry of networks of :class:`ImageClassifier`. The object is called as ``obj(input_size)`` with
+S, or as ``obj(cfg)`` where it has ``from_config``, and must give a module that maps (N, 3, S, S) to
+logits (N, 1), or, where its attribute ``takes_sequence`` is true, (N, T, 3, S, S) to the logits of
+the middle slices. For images of C channels other than 3 its first convolution is adapted.
+
+In training it may give ``(logits, losses)``, losses by name, which are added, and where its
+attribute ``takes_maps`` is true it then gets :meth:`ImageClassifier.lesion_maps` too.
+
+One with ``embed``, from images to features (N, D), and ``fit(features, labels)`` is fitted to the
+training set before each validation and checkpoint.
 """
 
 
@@ -36,7 +42,9 @@ def build_classifier_network(cfg) -> nn.Module:
         raise ValueError(
             f"MODEL.CLASSIFIER.NAME is '{name}', but the registered classifiers are {known}."
         )
-    network = CLASSIFIER_REGISTRY.get(name)(cfg.MODEL.CLASSIFIER.INPUT_SIZE)
+    build = CLASSIFIER_REGISTRY.get(name)
+    configured = hasattr(build, "from_config")
+    network = build(cfg if configured else cfg.MODEL.CLASSIFIER.INPUT_SIZE)
     set_input_channels(network, len(cfg.MODEL.PIXEL_MEAN))
     if getattr(network, "takes_sequence", False) and cfg.INPUT.SEQUENCE_SLICES < 1:
         raise ValueError(
@@ -118,6 +126,23 @@ class DenseNet121(models.DenseNet):
 
 
 @CLASSIFIER_REGISTRY.register()
+class InceptionV3(models.Inception3):
+    """torchvision's Inception V3 (Szegedy et al., arXiv:1512.00567), without auxiliary classifier.
+
+    It is left out as :class:`GoogLeNet`'s are. Weights start as PyTorch's layers do: torchvision's
+    own, of one spread for all, start with logits far from 0.
+
+    Menon et al. had Inception V3 and DenseNet see windows made for small bleeds. Their windows,
+    training and weights were not at hand: those of ``configs/classifier_*_windows.yaml`` are chosen
+    here.
+    """
+
+    def __init__(self, input_size: int = 299):
+        _check_size("InceptionV3", input_size, 75)
+        super().__init__(num_classes=1, aux_logits=False, init_weights=False)
+
+
+@CLASSIFIER_REGISTRY.register()
 class InceptionResNetV2(InceptionResnetV2):
     """timm's Inception-ResNet v2 (Szegedy et al., arXiv:1602.07261); it has no auxiliary head."""
 
@@ -172,19 +197,18 @@ class BHCNet(nn.Module):
         super().__init__()
         _check_size(type(self).__name__, input_size, 16)
         widths = (3, 32, 64, 128, 128)
-        self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(before, after, 3, padding=1, bias=False),
-                    *(nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)),
-                )
-                for before, after in zip(widths, widths[1:])
-            )
-        )
+        self.blocks = nn.Sequential(*map(self._block, widths, widths[1:]))
         self.hidden = nn.Sequential(
             nn.Linear(2 * widths[-1], self.num_features), nn.ReLU(), nn.Dropout(0.5)
         )
         self.output = nn.Linear(self.num_features, 1)
+
+    @staticmethod
+    def _block(before: int, after: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(before, after, 3, padding=1, bias=False),
+            *(nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)),
+        )
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """

@@ -65,6 +65,10 @@ class EnsembleRCNN(nn.Module):
                 raise ValueError(
                     f"MODEL.ENSEMBLE.MEMBERS names {cls.__name__} again, expected detectors."
                 )
+            if member.MODEL.MASK_ON:
+                raise ValueError(
+                    f"{cls.__name__} fuses boxes, not masks; take members of MODEL.MASK_ON False."
+                )
             members.append(build_model(member))
         return {
             "members": members,

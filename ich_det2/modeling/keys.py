@@ -22,11 +22,12 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 from detectron2.modeling.proposal_generator.rpn import RPN, RPN_HEAD_REGISTRY
-from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from fvcore.common.registry import Registry
 
 from .anchor_generator import ClusteredAnchorGenerator
 from .backbone import (
+    build_hybrid3d_backbone,
     build_inception_v3_backbone,
     build_timm_backbone,
     build_timm_fpn_backbone,
@@ -95,10 +96,14 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
         _ROI_HEADS: _of(CostSensitiveMixin, RFCNROIHeads, but=CascadeROIHeads)
     },
     "MODEL.ROI_HEADS.REFINE_": {_ROI_HEADS: _of(CostSensitiveROIHeads)},
+    "MODEL.MASK_ON": {_ROI_HEADS: _of(StandardROIHeads, Res5ROIHeads)},
+    "MODEL.ROI_MASK_HEAD.": {_ROI_HEADS: _of(StandardROIHeads, Res5ROIHeads)},
     "MODEL.ROI_BOX_CASCADE_HEAD.": {_ROI_HEADS: _of(CascadeROIHeads)},
     "MODEL.ANCHOR_GENERATOR.CLUSTERS.": {_ANCHORS: _of(ClusteredAnchorGenerator)},
     "MODEL.ANCHOR_GENERATOR.PAIRS": {_ANCHORS: _of(ClusteredAnchorGenerator)},
-    "MODEL.TIMM.": {_BACKBONE: _of(build_timm_backbone, build_timm_fpn_backbone)},
+    "MODEL.TIMM.": {
+        _BACKBONE: _of(build_timm_backbone, build_timm_fpn_backbone, build_hybrid3d_backbone)
+    },
     "MODEL.TORCHVISION.": {
         _BACKBONE: _of(build_inception_v3_backbone),
         _ROI_HEADS: _of(InceptionV3ROIHeads),
@@ -127,7 +132,6 @@ _NOT_READ = {
     "INPUT.CROP.": "IchDatasetMapper does not crop at random; use INPUT.AUG.SHIFT and"
     " INPUT.AUG.SCALE, or INPUT.HEAD_CROP",
     "INPUT.FORMAT": "the channels are those of INPUT.WINDOWS, in their order",
-    "INPUT.MASK_FORMAT": _BOXES_ALONE,
     "TEST.AUG.": "each image is tested once, as it is",
     "TEST.KEYPOINT_OKS_SIGMAS": _BOXES_ALONE,
     "TEST.EXPECTED_RESULTS": "it is compared by --eval-only alone",
@@ -140,7 +144,7 @@ _NOT_READ = {
 # Of these, what is of an evaluation too.
 _OF_TESTS = re.compile(r"TEST\.AUG\.|MODEL\.LOAD_PROPOSALS$")
 # Switches of heads that only a data set of a user's own can train.
-_OWN_DATA = ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON")
+_OWN_DATA = ("MODEL.KEYPOINT_ON",)
 
 # Detectron2's parts that the data here cannot train.
 _NO_PARTS = {
@@ -153,6 +157,7 @@ _BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 # Keys whose values are names, of which Detectron2 refuses others not before it needs them.
 _NAMES = {
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
     "DATALOADER.SAMPLER_TRAIN": (
         *("TrainingSampler", "RepeatFactorTrainingSampler", "PositiveShareSampler"),

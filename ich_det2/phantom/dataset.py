@@ -2,6 +2,7 @@
 
 DICOM/P0007_012.dcm            one CT Image Storage instance per slice
 Annotations/P0007_012.xml      VOC boxes; healthy slices have a file without objects
+SegmentationObject/P0007_012.png   the bleeds' pixels, where there is one: value i is object i
 ImageSets/Main/{train,val,test}.txt
 patients.csv                   image,patient,study
 phantom.json                   the parameters; written last, marks a complete data set
@@ -26,7 +27,8 @@ import cv2
 import numpy as np
 
 from ..cli import progress
-from ..data.tree import ANNOTATIONS, IMAGE_FOLDERS, VocTree
+from ..data.pictures import write_picture
+from ..data.tree import ANNOTATIONS, IMAGE_FOLDERS, OBJECT_MASKS, VocTree
 from ..data.voc import write_voc
 from .bleeds import TYPES
 from .dicom import GENERATOR, patient_name, write_slices
@@ -60,7 +62,7 @@ def write_dataset(
         ValueError: the system has ended a worker.
     """
     root = Path(root)
-    for folder in (IMAGE_FOLDERS[0], ANNOTATIONS):
+    for folder in (IMAGE_FOLDERS[0], ANNOTATIONS, OBJECT_MASKS):
         (root / folder).mkdir(parents=True)
     plan = plan_patients(patients, seed)
     run = functools.partial(_write_patient, root, seed, size)
@@ -152,7 +154,9 @@ def _write_patient(
     rng = np.random.default_rng(np.random.SeedSequence([seed, patient]))
     phantom = make_patient(rng, types=types, size=size)
     paths = write_slices(phantom, root / IMAGE_FOLDERS[0], patient=patient, seed=seed)
-    for path, lesions in zip(paths, phantom.lesions):
+    for path, lesions, labels in zip(paths, phantom.lesions, phantom.labels):
+        if lesions:
+            write_picture(root / OBJECT_MASKS / f"{path.stem}.png", labels)
         write_voc(
             root / ANNOTATIONS / f"{path.stem}.xml",
             filename=path.name,
@@ -160,6 +164,7 @@ def _write_patient(
             height=size,
             objects=[(lesion.name, lesion.box) for lesion in lesions],
             database=GENERATOR,
+            segmented=bool(lesions),
         )
     return {p.stem: [lesion.name for lesion in found] for p, found in zip(paths, phantom.lesions)}
 

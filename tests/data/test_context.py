@@ -99,6 +99,16 @@ def test_a_dataset_without_context_is_an_error(tree):
         mapper(d)
 
 
+def test_several_neighbours_are_channels_in_order(tree):
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[50, 100]], context_slices=2)
+    dicts = load_ich_voc(tree("png"), "train", context=2)
+    images = {d["image_id"]: mapper(d)["image"] for d in dicts}
+    # As those of a sequence, of which each slice is one channel.
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[50, 100]], sequence_slices=2)
+    for d in dicts:
+        assert torch.equal(images[d["image_id"]], mapper(d)["sequence"][:, 0])
+
+
 def test_three_windows_leave_no_channel_for_context():
     with pytest.raises(ValueError, match="INPUT.CONTEXT_SLICES is 1 with 3 windows"):
         IchDatasetMapper(False, augmentations=[], windows=[[50, 100]] * 3, context_slices=1)

@@ -227,6 +227,19 @@ def test_what_is_not_cropped_is_not_touched():
     assert torch.equal(found.pred_boxes.tensor, boxes)
 
 
+def test_masks_are_mapped_back_to_the_whole_slice():
+    # A crop of 40 x 30 of 60 x 90 pixels, that the model sees stretched over the slice.
+    found = Instances((60, 90), pred_boxes=Boxes(torch.tensor([[45.0, 0.0, 90.0, 30.0]])))
+    found.pred_masks = torch.zeros(1, 60, 90, dtype=torch.bool)
+    found.pred_masks[0, :30, 45:] = True
+    uncrop([{"height": 60, "width": 90, "crop": (20, 10, 60, 40)}], [{"instances": found}])
+    # Its right upper quarter: columns 40 to 60, rows 10 to 25.
+    assert found.pred_boxes.tensor.tolist() == [[40, 10, 60, 25]]
+    expected = torch.zeros(60, 90, dtype=torch.bool)
+    expected[10:25, 40:60] = True
+    assert torch.equal(found.pred_masks[0], expected)
+
+
 def test_anchors_are_clustered_from_boxes_as_large_as_the_crop_makes_them(tree, tiny_cfg):
     register_ich_voc("cropped", tree, "train", head_crop=True)
     try:

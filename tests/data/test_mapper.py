@@ -11,6 +11,7 @@ from PIL import Image
 
 from ich_det2.data import IchDatasetMapper, load_ich_voc
 from ich_det2.data.augmentation import RandomShiftScale, shift_scale_transform
+from ich_det2.data.masks import encode_mask
 
 BRAIN = [[50.0, 100.0]]
 THREE = [[50.0, 100.0], [80.0, 200.0], [40.0, 40.0]]
@@ -178,6 +179,78 @@ def test_box_is_clipped_at_the_border(slice_of):
     # Moved by half of 128 to the right: 124 .. 164, of which 124 .. 128 is left.
     d = slice_of() | {"shift_scale": (0.5, 0.0, 1.0)}
     assert box_of(make_mapper()(d)) == [124, 20, 128, 44]
+
+
+# ---- masks -------------------------------------------------------------------------------------
+
+
+def rectangle():
+    mask = np.zeros((96, 128), bool)
+    mask[20:44, 60:100] = True
+    return encode_mask(mask)
+
+
+def with_masks(d, *masks):
+    """A dataset dict whose boxes have these masks, None for one that is not known."""
+    known = [{} if mask is None else {"segmentation": mask} for mask in masks]
+    return d | {"annotations": [a | m for a, m in zip(d["annotations"], known, strict=True)]}
+
+
+def mapper_with_masks(cfg):
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    return IchDatasetMapper(cfg, is_train=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("crop", [None, (20, 10, 120, 90)])
+def test_a_mask_shows_what_the_slice_shows(voc_tree, tiny_cfg, seed, crop):
+    """Whatever moves the slice: crop, square pixels, expansion, augmentations, resize."""
+    header = {"a": {"PixelSpacing": [0.6, 0.4]}}
+    root = voc_tree({"a": [("EDH", BOX)]}, kind="dicom", size=(128, 96), header=header)
+    cfg = tiny_cfg(
+        "INPUT.AUG.SHIFT", 0.1,
+        "INPUT.AUG.SCALE", 0.2,
+        "INPUT.AUG.ROTATE", 15.0,
+        "INPUT.RANDOM_FLIP", "horizontal",
+        "INPUT.MIN_SIZE_TRAIN", (144,),
+    )  # fmt: skip
+    d = load_ich_voc(root, "train")[0] | {"shift_scale": (0.05, -0.05, 1.1)}
+    d = with_masks(d, rectangle()) | ({} if crop is None else {"crop": crop})
+    np.random.seed(seed)
+    output = mapper_with_masks(cfg)(d)
+    bright = output["image"][0] > 140  # between brain (30 HU: 77) and the rectangle (80: 204)
+    (mask,) = output["instances"].gt_masks.tensor
+    assert mask.shape == bright.shape and output["instances"].gt_has_mask.tolist() == [True]
+    # They differ by half a pixel along the outline, of about 400 of 5000 pixels, at most.
+    both, either = (mask & bright).sum(), (mask | bright).sum()
+    assert both / either > 0.94
+    ys, xs = mask.nonzero(as_tuple=True)
+    x0, y0, x1, y1 = box_of(output)
+    assert x0 - 1 <= xs.min() and xs.max() <= x1 and y0 - 1 <= ys.min() and ys.max() <= y1
+
+
+def test_a_box_whose_mask_is_not_known_has_an_empty_one(slice_of, tiny_cfg):
+    d = with_masks(slice_of(boxes=(BOX, (11, 51, 30, 70))), rectangle(), None)
+    instances = mapper_with_masks(tiny_cfg())(d)["instances"]
+    assert instances.gt_has_mask.tolist() == [True, False]
+    assert instances.gt_masks.tensor.flatten(1).any(1).tolist() == [True, False]
+    # Without masks asked for there are none, whatever the dicts hold.
+    instances = IchDatasetMapper(tiny_cfg(), is_train=True)(d)["instances"]
+    assert set(instances.get_fields()) == {"gt_boxes", "gt_classes"} and len(instances) == 2
+
+
+def test_a_lesion_that_left_the_slice_leaves_its_loose_box_too(slice_of, tiny_cfg):
+    corner = np.zeros((96, 128), bool)
+    corner[20:24, 96:100] = True  # of a box from 60 to 100
+    # Moved by a half of 128 to the right: what is at 96 and more would be at 160.
+    d = slice_of() | {"shift_scale": (0.5, 0.0, 1.0)}
+    assert len(mapper_with_masks(tiny_cfg())(with_masks(d, encode_mask(corner)))["instances"]) == 0
+    assert len(mapper_with_masks(tiny_cfg())(with_masks(d, None))["instances"]) == 1
+
+
+def test_a_healthy_slice_has_no_masks(slice_of, tiny_cfg):
+    instances = mapper_with_masks(tiny_cfg())(slice_of(boxes=()))["instances"]
+    assert len(instances) == 0 and not instances.has("gt_masks")
 
 
 # ---- what comes out ----------------------------------------------------------------------------

@@ -5,8 +5,10 @@ import unicodedata
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ich_det2.data import load_ich_voc
+from ich_det2.data.masks import encode_mask
 from ich_det2.data.tree import VocTree
 
 TEXT = "image,patient\na,P1\nb,P2\n"
@@ -196,3 +198,101 @@ def test_no_images(tmp_path):
         VocTree(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="no images"):
         _ = VocTree(tmp_path).images
+
+
+# ---- masks ---------------------------------------------------------------------------------------
+
+TWO = [
+    ("IPH", (11, 13, 30, 28)),
+    ("SDH", (41, 5, 50, 20)),
+]  # edges 10, 12, 30, 28 and 40, 4, 50, 20
+
+
+@pytest.fixture
+def masked(voc_tree):
+    """Factory: a tree of a, which bleeds twice, and b, and a mask (H, W) of a in a folder."""
+
+    def make(mask, folder="SegmentationObject", name="a.png"):
+        root = voc_tree({"a": TWO, "b": []})
+        (root / folder).mkdir(exist_ok=True)
+        Image.fromarray(np.asarray(mask, np.uint8)).save(root / folder / name)
+        return root
+
+    return make
+
+
+def two_lesions(*values):
+    mask = np.zeros((48, 64), np.uint8)
+    mask[14:20, 12:22], mask[6:18, 42:48] = values
+    return mask
+
+
+def test_masks_of_objects(masked):
+    mask = two_lesions(1, 2)
+    mask[0, 0] = 255  # void
+    first, second = VocTree(masked(mask)).masks("a")
+    assert np.array_equal(first, mask == 1) and np.array_equal(second, mask == 2)
+    tree = VocTree(masked(two_lesions(0, 2)))
+    assert tree.masks("a")[0] is None and tree.masks("b") == []
+    # As VOC's own pictures are: indices of a palette.
+    path = tree.root / "SegmentationObject/a.png"
+    picture = Image.fromarray(mask, "P")
+    picture.putpalette([v for i in range(256) for v in (i, 0, 255 - i)])
+    picture.save(path)
+    assert np.array_equal(VocTree(tree.root).masks("a")[1], mask == 2)
+
+
+def test_masks_of_a_class_are_shared_among_the_boxes(masked, caplog):
+    mask = two_lesions(1, 1)
+    mask[40:44, 2:5] = 1
+    root = masked(mask, "SegmentationClass")
+    first, second = VocTree(root).masks("a")
+    assert np.array_equal(first + second, two_lesions(1, 1) > 0) and second[6:18, 42:48].all()
+    assert "12 of its 144 pixels lie in no box" in caplog.text
+    # Masks of objects have the first word.
+    masked(two_lesions(2, 1))
+    assert VocTree(root).masks("a")[0][6:18, 42:48].all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "folder", "message"),
+    [
+        (two_lesions(1, 3), "SegmentationObject", "has the value 3, but a.xml has 2 objects"),
+        (np.ones((64, 48)), "SegmentationObject", "is 48 x 64 pixels, its image 64 x 48"),
+        (np.ones((9, 9)), "SegmentationClass", "is 9 x 9 pixels, its image 64 x 48"),
+        (two_lesions(255, 255), "SegmentationClass", "has no value but 255, which is VOC's for"),
+        (np.ones((48, 64, 3)) * [1, 2, 3], "SegmentationObject", "is a mask of colours"),
+    ],
+)
+def test_a_wrong_mask_is_one_sentence(masked, mask, folder, message):
+    with pytest.raises(ValueError, match=rf"{folder}/a\.png.*{message}"):
+        VocTree(masked(mask, folder)).masks("a")
+
+
+def test_a_mask_that_cannot_be_read_is_named(masked):
+    root = masked(two_lesions(1, 2))
+    (root / "SegmentationObject/a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"SegmentationObject/a\.png cannot be read"):
+        VocTree(root).masks("a")
+
+
+def test_masks_of_no_image(masked, caplog):
+    root = masked(two_lesions(1, 2), name="c.png")
+    with pytest.raises(ValueError, match="no mask has the name of an image, 'c.png' for one"):
+        VocTree(root).masks("a")
+    masked(two_lesions(1, 2))
+    assert VocTree(root).masks("a")[0] is not None
+    assert "1 masks are of no image, 'c.png' for one" in caplog.text
+
+
+def test_masks_are_read_only_if_asked_for(masked):
+    root = masked(two_lesions(1, 0))
+    assert all("segmentation" not in a for a in load_ich_voc(root, "train")[0]["annotations"])
+    first, second = load_ich_voc(root, "train", masks=True)[0]["annotations"]
+    assert first["segmentation"] == encode_mask(two_lesions(1, 0) > 0)
+    assert "segmentation" not in second
+    assert first["bbox"] == [10, 12, 30, 28]  # as drawn
+    (root / "SegmentationObject/a.png").write_bytes(b"no picture")
+    load_ich_voc(root, "train")
+    linked = VocTree(root).link(root.parent / "linked").root
+    assert (linked / "SegmentationObject").is_symlink()

@@ -16,7 +16,9 @@ from scipy import ndimage
 
 from ich_det2.data import load_ich_voc
 from ich_det2.data.dicom import read_hu, read_identity, read_series
+from ich_det2.data.masks import encode_mask
 from ich_det2.data.tree import VocTree
+from ich_det2.data.tree_writer import VocWriter
 from ich_det2.data.voc import read_voc, write_voc
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +232,10 @@ def test_ct_ich(tmp_path, axes, capsys):
     }
     for i in range(3):
         assert np.array_equal(read_hu(tmp_path / f"t/DICOM/049_0{i + 1}.dcm"), hu[i])
+    mask[2, 20, 20] = 0
+    for i, name in enumerate(("049_01", "049_02", "049_03")):
+        parts = VocTree(tmp_path / "t").masks(name)
+        assert np.array_equal(sum(parts, np.zeros((40, 48), bool)), mask[i] > 0)
     (series,), _ = read_series(tmp_path / "t/DICOM")
     assert [p.stem for p in series.files] == ["049_01", "049_02", "049_03"]
     assert series.spacing_mm == (5, 0.5, 0.5) and series.notes == ()
@@ -245,6 +251,38 @@ def test_masks_of_volumes(tmp_path):
     assert tool("prepare_masks").main(args) == 0
     expected = [("EDH", (4, 4, 10, 10)), ("SDH", (4, 12, 10, 20))]
     assert boxes(tmp_path / "t") == {"case_000": expected, "case_001": []}
+    first, second = VocTree(tmp_path / "t").masks("case_000")
+    assert np.array_equal(first, mask[0] == 1) and np.array_equal(second, mask[0] == 2)
+    assert "<segmented>1</segmented>" in (tmp_path / "t/Annotations/case_000.xml").read_text()
+    assert [p.name for p in (tmp_path / "t/SegmentationObject").iterdir()] == ["case_000.png"]
+    # Masks that are lost, or of another outline in the same boxes, are written again.
+    before = times(tmp_path / "t")
+    assert tool("prepare_masks").main(args) == 0 and times(tmp_path / "t") == before
+    (tmp_path / "t/SegmentationObject/case_000.png").unlink()
+    assert tool("prepare_masks").main(args) == 0
+    mask[0, 5, 5] = 0
+    save_nifti(tmp_path / "s/masks/case.nii.gz", mask, "LPS")
+    assert tool("prepare_masks").main(args) == 0
+    assert np.array_equal(VocTree(tmp_path / "t").masks("case_000")[0], mask[0] == 1)
+
+
+def test_masks_go_with_the_boxes_that_are_kept(tmp_path):
+    labels = np.zeros((32, 32), np.int32)
+    labels[4:8, 4:8], labels[10:12, 10:12], labels[20:24, 20:30] = 1, 2, 3
+    objects = [("a", (4, 4, 8, 8)), ("b", (10, 10, 10.5, 10.5)), ("c", (20, 20, 30, 24))]
+    grey = np.zeros((32, 32), np.uint8)
+    for masks in (labels, None):  # then the same boxes without masks
+        with VocWriter(tmp_path / "t", database="test") as tree:
+            assert tree.wants("x", objects, masks=masks)
+            tree.add("x", grey, objects, size=(32, 32), patient="p", masks=masks)
+        found = VocTree(tmp_path / "t").masks("x")
+        if masks is not None:
+            first, second = found
+            assert np.array_equal(first, labels == 1) and np.array_equal(second, labels == 3)
+    assert found == [None, None]
+    with VocWriter(tmp_path / "t", database="test") as tree, pytest.raises(ValueError, match="254"):
+        many = np.arange(32 * 32).reshape(32, 32)
+        tree.add("y", grey, [("a", (0, 0, 2, 2))] * 1023, size=(32, 32), patient="p", masks=many)
 
 
 def test_a_mask_with_a_scale_keeps_its_values_and_nan_is_air(tmp_path):
@@ -295,6 +333,7 @@ def test_masks_of_pictures(tmp_path, colours):
     assert tool("prepare_masks").main(args) == 0
     found = sorted(boxes(tmp_path / "t")["p1_04"])
     assert found == [("IPH", (20, 20, 30, 30)), ("SDH", (4, 4, 14, 14))]
+    assert sorted(m.sum() for m in VocTree(tmp_path / "t").masks("p1_04")) == [6 * 6 + 4 * 4, 100]
     assert VocTree(tmp_path / "t").patients == {"p1_04": ("p1", "p1")}
 
 
@@ -568,6 +607,34 @@ def coco_of(tmp_path, **changes):
             "--output", str(tmp_path / "t")]  # fmt: skip
 
 
+def test_coco_masks_there_and_back(tmp_path):
+    """A polygon, run lengths of both kinds, and a box without a mask."""
+    square = [[4, 5, 14, 5, 14, 17, 4, 17]]  # 10 x 12 pixels
+    runs = np.zeros((48, 64), bool)
+    runs[10:20, 30:40] = True
+    # By columns: 30 of 48 are empty and 10 above; ten of 10 with 38 between; the rest.
+    counts = [30 * 48 + 10, *[10, 38] * 9, 10, 48 * 64 - 40 * 48 + 28]
+    segmentations = [square, {"size": [48, 64], "counts": counts}, encode_mask(runs), []]
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 3, "bbox": [4 + 10 * i, 5, 10, 12],
+         "segmentation": segmentation} for i, segmentation in enumerate(segmentations)
+    ]  # fmt: skip
+    coco = tool("coco")
+    for some in (annotations[:2] + annotations[3:], annotations[2:]):
+        assert coco.main(coco_of(tmp_path, annotations=some)) == 0
+        *found, last = VocTree(tmp_path / "t").masks("a")
+        assert last is None and np.array_equal(found[-1], runs)
+        if len(found) == 2:
+            polygon = found[0]
+            assert polygon.sum() == 120 and polygon[5:17, 4:14].all()
+    VocTree(tmp_path / "t").write_lists({"all": ["a", "b"]})
+    export = ["export", str(tmp_path / "t"), "all", "--output", str(tmp_path / "back.json")]
+    assert coco.main(export) == 0
+    first, second = json.loads((tmp_path / "back.json").read_text())["annotations"]
+    assert first["segmentation"] == encode_mask(runs) and first["area"] == 100
+    assert "segmentation" not in second and second["area"] == 120
+
+
 def annotated(box, **values):
     return [{"id": 1, "image_id": 1, "category_id": 3, "bbox": box, **values}]
 
@@ -584,6 +651,13 @@ def annotated(box, **values):
         ({"annotations": annotated([4, 5, 9, 9], image_id=7)}, "image 7"),
         ({"annotations": annotated([4, 5, 9, 9], bbox_mode=4)}, "bbox_mode is 4"),
         ({"annotations": annotated([4, 5, 9])}, "is not COCO JSON"),
+        ({"annotations": annotated([4, 5, 9, 9], segmentation=[[1, 2, 3, 4]])},
+         "a segmentation of the image 1 is neither polygons nor run lengths of 64 x 48 pixels"),
+        ({"annotations": annotated([4, 5, 9, 9], segmentation={"size": [9, 9], "counts": [81]})},
+         "(its size is [9, 9])"),
+        ({"annotations": annotated([4, 5, 9, 9], segmentation={"size": [48, 64], "counts": [81]})},
+         "(its counts are of 81 pixels)"),
+        ({"annotations": annotated([4, 5, 9, 9], segmentation="polygon")}, "neither polygons nor"),
         ({"images": [{"id": 1, "file_name": "p1\\c.png", "height": 48, "width": 64}]},
          "the image 'p1/c.png' is not in"),
         ({"images": [{"id": 1, "file_name": "../c.json", "height": 48, "width": 64}]}, "is not in"),

@@ -16,7 +16,8 @@ from highdicom.legacy import LegacyConvertedEnhancedCTImage
 from pydicom.uid import generate_uid
 
 from ich_det2.data import IchDatasetMapper
-from ich_det2.dicom_out import KINDS, build_objects, studies, write_dicom
+from ich_det2.data.masks import decode_mask
+from ich_det2.dicom_out import ALL_KINDS, KINDS, build_objects, studies, write_dicom
 from ich_det2.inference.api import diagnose
 from ich_det2.inference.diagnoser import Diagnoser
 from ich_det2.phantom import write_exam
@@ -31,11 +32,12 @@ ABSENT = ("PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "Study
 
 
 class Marked(torch.nn.Module):
-    """Two boxes on every slice, of the scores that it is given by turns."""
+    """Two boxes on every slice, of the scores that it is given by turns; masks, if asked for, fill
+    the pixels whose middles are in the boxes."""
 
-    def __init__(self, *scores):
+    def __init__(self, *scores, masks=False):
         super().__init__()
-        self.scores, self.seen = scores, 0
+        self.scores, self.masks, self.seen = scores, masks, 0
 
     def forward(self, inputs):
         outputs = []
@@ -46,14 +48,19 @@ class Marked(torch.nn.Module):
             found.pred_boxes = Boxes(torch.tensor(BOXES))
             found.scores = torch.tensor([score, score / 2])
             found.pred_classes = torch.zeros(2).long()
+            if self.masks:
+                found.pred_masks = torch.zeros(2, x["height"], x["width"], dtype=torch.bool)
+                found.pred_masks[0, 21:56, 10:40] = True
+                found.pred_masks[1, 2:40, 1:30] = True
             outputs.append({"instances": found})
         return outputs
 
 
-def look(paths, *scores, threshold=0.4):
+def look(paths, *scores, threshold=0.4, masks=False):
     mapper = IchDatasetMapper(False, augmentations=[], windows=[[40, 120]])
     facts = {"run": "marked", "weights": "model.pth", "sha256": "ab" * 32, "patient_rule": "any"}
-    model = Diagnoser(Marked(*scores), mapper, batch_size=2, threshold=threshold, facts=facts)
+    model = Marked(*scores, masks=masks)
+    model = Diagnoser(model, mapper, batch_size=2, threshold=threshold, facts=facts)
     return diagnose(paths, model)
 
 
@@ -117,15 +124,16 @@ def check(path):
 @pytest.mark.parametrize("source", SOURCES, indirect=True)
 @pytest.mark.parametrize("verdict", ["present", "absent", "undetermined"])
 def test_the_validators_find_no_error(source, verdict, tmp_path):
-    diagnosis = look([source], *((0.9, 0.1) if verdict == "present" else (0.1,)))
+    diagnosis = look([source], *((0.9, 0.1) if verdict == "present" else (0.1,)), masks=True)
     lost = int(verdict == "undetermined")
     patients = tuple(
         replace(p, n_slices_failed=lost, n_slices_missing=0) for p in diagnosis.patients
     )
     diagnosis = replace(diagnosis, patients=patients)
     for sr_class in ("3d", "comprehensive"):
-        files = write_dicom(diagnosis, tmp_path / sr_class, sr_class=sr_class)
-        assert {f.name.split("-")[0] for f in files} == set(KINDS)
+        files = write_dicom(diagnosis, tmp_path / sr_class, ALL_KINDS, sr_class=sr_class)
+        expected = ALL_KINDS if verdict == "present" else KINDS  # nothing has no segmentation
+        assert {f.name.split("-")[0] for f in files} == set(expected)
         assert {str(f): errors for f in files if (errors := check(f))} == {}
     (study,) = studies(diagnosis)
     assert study.verdict == verdict
@@ -168,6 +176,52 @@ def test_a_report_read_back_says_what_was_found_and_where(source, tmp_path):
         assert reference.get("ReferencedFrameNumber") == (None if frame is None else frame + 1)
         (certainty,) = group.get_measurements()
         assert certainty.value == pytest.approx(100 * score, abs=1e-4)
+
+
+@pytest.mark.parametrize("source", SOURCES, indirect=True)
+def test_a_segmentation_read_back_has_the_masks_on_their_images(source, tmp_path):
+    diagnosis = look([source], 0.9, 0.5, masks=True)
+    (file,) = write_dicom(diagnosis, tmp_path / "out", ["seg"])
+    seg = hd.seg.segread(file)
+    first = pydicom.dcmread(diagnosis.slices[0].source.path, stop_before_pixels=True)
+    assert seg.StudyInstanceUID == first.StudyInstanceUID and seg.PatientID == first.PatientID
+    assert "research only" in seg.SeriesDescription
+    assert seg.segmentation_type == hd.seg.SegmentationTypeValues.BINARY
+    description = seg.get_segment_description(1)
+    assert seg.number_of_segments == 1 and description.segment_label == "hemorrhage"
+    assert description.segmented_property_type.value == "1386000"
+    (identified,) = description.algorithm_identification
+    assert identified.AlgorithmName == "ich_det2 marked"
+    for s in diagnosis.slices:
+        if s.source.frame is None:
+            pixels = seg.get_pixels_by_source_instance([s.source.identity.sop_uid])
+        else:
+            uid, frame = s.source.identity.sop_uid, s.source.frame
+            pixels = seg.get_pixels_by_source_frame(uid, [frame + 1])
+        expected = np.zeros(pixels.shape[1:3], bool)
+        for mask, score in zip(s.masks, s.scores):
+            expected |= decode_mask(mask) & (score >= 0.4)
+        # The weaker box scores 0.45 or 0.25: above the threshold on every other slice.
+        assert expected.sum() in (35 * 30, 35 * 30 + 38 * 29 - 19 * 20)
+        assert np.array_equal(pixels[0, ..., 0] > 0, expected)
+
+
+def test_a_segmentation_is_the_same_object_for_the_same_answer(phantom):
+    def built():
+        (study,) = studies(look([phantom], 0.9, 0.1, masks=True))
+        ((_, seg),) = build_objects(study, ["seg"])
+        return seg.PixelData, [e.value for e in seg.iterall() if e.VR == "UI"]
+
+    once = built()
+    assert once == built() and len(once[1]) > 10
+
+
+def test_without_masks_a_segmentation_is_refused(phantom, tmp_path):
+    with pytest.raises(ValueError, match="boxes and no masks.*leave out seg"):
+        write_dicom(look([phantom], 0.9), tmp_path / "out", ["sr", "seg"])
+    assert not (tmp_path / "out").exists()
+    # Nothing found has none.
+    assert write_dicom(look([phantom], 0.1, masks=True), tmp_path / "out", ["seg"]) == []
 
 
 def verdict_of(sr):
@@ -289,8 +343,8 @@ def test_a_folder_of_objects_is_told_by_its_index_and_not_lost(phantom, tmp_path
         write_dicom(diagnosis, tmp_path / "mine", force=True)
     with pytest.raises(ValueError, match="lie in one another"):
         write_dicom(diagnosis, phantom / "out")
-    with pytest.raises(ValueError, match="expected sr, gsps, sc, kos"):
-        write_dicom(diagnosis, tmp_path / "new", ["seg"])
+    with pytest.raises(ValueError, match="expected sr, gsps, sc, kos, seg"):
+        write_dicom(diagnosis, tmp_path / "new", ["rtstruct"])
     with pytest.raises(ValueError, match="expected one of 3d, comprehensive"):
         write_dicom(diagnosis, tmp_path / "new", sr_class="2d")
     assert not (tmp_path / "new").exists()

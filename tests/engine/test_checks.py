@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from PIL import Image
 
 from ich_det2 import add_ich_config
 from ich_det2.anchors import AnchorPairs, Anchors
@@ -446,3 +447,23 @@ def test_smoothing_is_a_part_of_what_a_model_answers():
     differs = {"TEST.DIAGNOSIS.SMOOTHING": ([], [0.2, 0.6, 0.2])}
     assert change_answers(differences(before, now)) == differs
     assert not_continuable(differs) == differs
+
+
+MASKS = ("MODEL.MASK_ON", "True", "INPUT.MASK_FORMAT", "bitmask")
+
+
+def test_a_mask_head_needs_masks(cfg_on, tmp_path, caplog):
+    with pytest.raises(ValueError, match="INPUT.MASK_FORMAT 'polygon', expected 'bitmask'"):
+        check(cfg_on("MODEL.MASK_ON", "True"))
+    cfg = cfg_on(*MASKS)
+    with pytest.raises(ValueError, match="no box of ich_train has a mask; add SegmentationObject/"):
+        check(cfg)
+    assert not (tmp_path / "out").exists()
+    folder = Path(cfg.DATASETS.ICH_ROOT) / "SegmentationClass"
+    folder.mkdir()
+    Image.fromarray(np.ones((48, 64), np.uint8)).save(folder / "a.png")
+    with pytest.raises(ValueError, match="1 of 2 boxes .* have no mask, .* set KnownMaskHead"):
+        check(cfg)
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "KnownMaskHead"
+    check(cfg)
+    assert "1 of 2 boxes of ich_train have no mask; they teach no mask" in caplog.text

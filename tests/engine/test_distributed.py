@@ -14,6 +14,7 @@ import sys
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from detectron2.utils.events import EventStorage
 
 from ich_det2.engine import IchTrainer
 from ich_det2.engine.config import load_config
+from ich_det2.engine.hooks import FitHook
 from ich_det2.modeling.sampling import AdaptiveRatioSampler, SampledAnchors, next_ratio
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,7 @@ STEPS = {
 def work(folder, opts):
     torch.set_num_threads(1)
     seen = {"sampler": sampler_by_hand(), "steps": train_on_steps(opts), "tool": run_tool(opts)}
+    seen["fitted"] = fit_shares()
     seen["stopped"] = stop_early([*opts, "OUTPUT_DIR", str(Path(folder) / "early")])
     torch.save(seen, Path(folder) / f"rank{comm.get_rank()}.pth")
 
@@ -160,6 +163,26 @@ def stop_early(opts):
     return trainer.iter + 1
 
 
+class Fitted(torch.nn.Module):
+    """Notes what it is fitted to."""
+
+    def embed(self, batch):
+        return torch.stack([x["image"].flatten(1).mean(dim=1) for x in batch])
+
+    def fit(self, features, labels):
+        self.seen = features[:, 0].tolist(), labels.tolist()
+
+
+def fit_shares():
+    """What a model is fitted to out of shares of three slices, in two batches, and of none."""
+    slices = [{"image": torch.full((1, 2, 2), float(i)), "image_label": i % 2} for i in range(3)]
+    batches = [[slices[:2], slices[2:]], []][comm.get_rank()]
+    hook = FitHook(Fitted(), (), lambda: batches)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=1)
+    hook.after_step()
+    return hook._model.seen
+
+
 if __name__ == "__main__":
     timeout = timedelta(seconds=60)  # a rank that waits in vain
     launch(work, 2, dist_url="auto", args=(sys.argv[1], sys.argv[2:]), timeout=timeout)
@@ -193,6 +216,11 @@ def ranks(full_tree, tmp_path):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         RANKS[:] = [torch.load(tmp_path / f"rank{i}.pth", weights_only=True) for i in (0, 1)]
     return RANKS
+
+
+def test_every_rank_is_fitted_to_the_slices_of_all_in_order(ranks):
+    for rank in ranks:
+        assert rank["fitted"] == ([0.0, 1.0, 2.0], [0, 1, 0])
 
 
 def test_every_image_with_positives_counts_the_same_whatever_its_rank(ranks):

@@ -6,11 +6,12 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ich_det2.engine import BestCheckpointer, DiagnosisHook, IchCheckpointer
-from ich_det2.engine.hooks import EarlyStop, EarlyStopping
+from ich_det2.engine.hooks import EarlyStop, EarlyStopping, FitHook
 
 METRIC = "diagnosis/image_auc"
 
@@ -32,6 +33,30 @@ def run(tmp_path, values, start_iter=0, period=10):
 
 def record(tmp_path):
     return json.loads((tmp_path / "model_best.json").read_text())
+
+
+class Fitted(nn.Linear):
+    """Notes when it is fitted, whether it was in training then, and to what."""
+
+    def embed(self, batch):
+        assert not self.training and not torch.is_grad_enabled()
+        return self(torch.tensor([[x["image"]] for x in batch]))
+
+    def fit(self, features, labels):
+        self.seen.append((self.training, features.shape, labels.tolist()))
+
+
+def test_a_model_is_fitted_before_each_validation_and_checkpoint_and_at_the_end():
+    model, seen = Fitted(1, 1), {}
+    batches = [[{"image": 1.0, "image_label": 1}, {"image": 2.0, "image_label": 0}]]
+    hook = FitHook(model, (3, 0, 4), lambda: batches)
+    for i in range(7):
+        model.seen = []
+        hook.trainer = SimpleNamespace(iter=i, max_iter=7)
+        hook.after_step()
+        seen[i + 1] = model.seen
+    once = [(True, (2, 1), [1, 0])]
+    assert seen == {1: [], 2: [], 3: once, 4: once, 5: [], 6: once, 7: once}
 
 
 def test_the_largest_value_is_kept_and_a_tie_goes_to_the_later(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from ich_det2.evaluation.analysis import Settings, analyse, compare
 from ich_det2.evaluation.evaluator import write_evaluation
-from ich_det2.evaluation.intervals import wilson_by_group
+from ich_det2.evaluation.intervals import wilson_by_group, wilson_interval
 from ich_det2.evaluation.operating_point import OperatingPoint, Rule
 from ich_det2.evaluation.predictions import Predictions, read_predictions
 from ich_det2.evaluation.report import Model, worst_cases, write_report
@@ -143,6 +143,27 @@ def test_analysis_holds_every_part():
         assert low <= level["recall"] <= high
 
 
+def test_recall_by_size_is_that_of_slices_by_their_largest_box():
+    # Six bleeding slices of areas 1, 4, 9, 16, 25, 36: thirds at 4 + 2/3 x 5 and 16 + 1/3 x 9. The
+    # second has a smaller box beside, the last slice bleeds without a box. Half of six healthy
+    # slices score 0.5, so a specificity of 0.90 needs a threshold above.
+    sides = (1, 2, 3, 4, 5, 6)
+    true = [np.array([[0.0, 0, a, a]]) for a in sides] + [np.zeros((0, 4))] * 7
+    true[1] = np.array([[0.0, 0, 1, 1], [0, 0, 2, 2]])
+    labels = np.array([1] * 6 + [0] * 6 + [1])
+    scores = np.array([0.1, 0.55, 0.2, 0.7, 0.8, 0.9] + [0.0, 0.5] * 3 + [0.0])
+    ids = [f"i{n}" for n in range(13)]
+    found = Predictions(ids, ids, ids, labels, scores, None, true, [["IPH"] * len(b) for b in true])
+    rows = analyse(found, Settings([0.5], 0.6, n_resamples=5))["sizes"]
+    assert [(r["size"], r["n"], r["tp"], r["recall"]) for r in rows] == [
+        *(("small", 2, 0, 0.0), ("medium", 2, 1, 0.5), ("large", 2, 2, 1.0))
+    ]
+    assert [r["recall_at_specificity_0.90"] for r in rows] == [0.5, 0.5, 1.0]
+    assert [r["from"] for r in rows] == pytest.approx([1, 4 + 2 / 3 * 5, 16 + 1 / 3 * 9])
+    assert rows[1]["wilson"] == pytest.approx(wilson_interval(1, 2).tolist())
+    assert analyse(make(boxes=False), SETTINGS)["sizes"] == []
+
+
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize("n", [1, 4, 12])
 def test_one_class_and_one_patient_are_reported_as_undefined(tmp_path, label, n):
@@ -204,6 +225,7 @@ def test_page_is_self_contained_and_shows_the_numbers(tmp_path):
     open_items = sum(item["answer"] is None for item in entry["checklist"])
     assert page.count('class="open">open</td>') == open_items > 30
     assert "Ratio k and positive scores" in page
+    assert "Sizes of bleeds</h2>" in page and "<td>100 to 100</td>" in page
 
 
 def test_two_models_are_set_side_by_side(tmp_path):
@@ -221,4 +243,5 @@ def test_two_models_are_set_side_by_side(tmp_path):
 def test_scores_alone_are_enough_for_a_page(tmp_path):
     write_report(tmp_path, [Model("m", make(boxes=False), SETTINGS)], dataset="d")
     page = (tmp_path / "report.html").read_text()
-    assert "Lesions</h2>" not in page and "Metrics with 95 % intervals" in page
+    assert "Lesions</h2>" not in page and "Sizes of bleeds" not in page
+    assert "Metrics with 95 % intervals" in page

@@ -121,3 +121,19 @@ def test_the_texts_of_score_and_threshold_agree_with_the_verdict(score, threshol
     shown = _probability(score, threshold)
     if abs(score - threshold) > 1e-3:
         assert (float(shown) >= float(_threshold(threshold))) == (score >= threshold)
+
+
+@pytest.mark.parametrize("score, colour", [(0.9, POSITIVE), (0.3, CANDIDATE)])
+def test_a_mask_is_drawn_as_its_outline(score, colour):
+    mask = np.zeros((300, 300), bool)
+    mask[100:140, 50:90] = True
+    image = np.full((300, 300, 1), 90, np.uint8)
+    picture = draw_overlay(
+        image, np.array([[40, 90, 100, 150]]), np.array([score]), ["box"],
+        threshold=0.5, score=score, caption="", masks=[mask],
+    )  # fmt: skip
+    line = has(picture[:600], colour)
+    # Twice as large: the mask's own pixels 200 to 279 and 100 to 179, within the frame.
+    assert line[200, 100:180].all() and line[279, 100:180].all()
+    assert line[200:280, 100].all() and line[200:280, 179].all()
+    assert (picture[204:276, 104:176] == 90).all() and (picture[185:198, 85:195] == 90).all()

@@ -8,7 +8,10 @@ import pytest
 
 from ich_det2.engine.run_folder import RunFolder
 from ich_det2.evaluation.predictions import Predictions
+from ich_det2.evaluation.yardstick import Yardstick
 from ich_det2.experiments.results import (
+    differences_to,
+    not_above_chance,
     patterns,
     select,
     spread,
@@ -109,3 +112,26 @@ def test_patterns_of_found_and_missed():
     at = {"a": 0.5, "b": 0.5}
     with pytest.raises(ValueError, match="other images"):
         patterns({"a": runs["plain"], "b": make_predictions([1, 0, 0, 0])}, at, each=1)
+
+
+def test_systems_are_compared_over_the_seeds_that_both_have():
+    # The reference ranks all right (AUC 1); the other has one of 2 x 2 pairs wrong (0.75).
+    best, worse = [Yardstick(make_predictions(s)) for s in ([4, 3, 2, 1], [4, 2, 3, 1])]
+    found = {"ref": {0: best, 1: best}, "other": {0: worse, 2: worse}, "alone": {2: worse}}
+    rows = differences_to(found, "ref", "method")
+    assert {(row["method"], row["seeds"]) for row in rows} == {("other", 1)}
+    (auc,) = (row for row in rows if row["metric"] == "AUC")
+    assert auc["difference"] == -0.25 and auc["low"] <= -0.25 <= auc["high"] <= 0
+    assert differences_to(found, "untested", "method") == []
+    fewer = Yardstick(make_predictions([1, 0], (1, 0)))
+    with pytest.raises(ValueError, match="'few' was tested on other images than 'ref'"):
+        differences_to({"ref": {0: best}, "few": {0: fewer}}, "ref", "method")
+
+
+def test_a_system_is_above_chance_if_one_seed_is():
+    labels = (1,) * 20 + (0,) * 20
+    # One of 400 pairs is wrong: far above chance. All alike: at chance.
+    good = Yardstick(make_predictions([*range(40, 21, -1), 19.5, 20, *range(19, 0, -1)], labels))
+    flat = Yardstick(make_predictions([0.5] * 40, labels))
+    assert not not_above_chance([good]) and not not_above_chance([flat, good])
+    assert not_above_chance([flat])

@@ -36,6 +36,7 @@ TYPES = ("MODEL.ROI_HEADS.NUM_CLASSES", 2, "DATASETS.ICH_CLASSES", ["IPH", "SDH"
             (*SMALL, "MODEL.ROI_HEADS.REFINE_TEST", 2),
             ["boxes", "scores", "classes", "image_score"],
         ),
+        ("mask_rcnn_effnet_lite0.yaml", SMALL, ["boxes", "scores", "classes"]),
         ("classifier_lenet.yaml", ("MODEL.CLASSIFIER.INPUT_SIZE", 64), ["image_score"]),
     ],
 )

@@ -38,7 +38,10 @@ def test_a_classifier_takes_images_of_so_many_channels(tiny_cfg, name, channels)
     opts = ("MODEL.CLASSIFIER.NAME", name, "MODEL.CLASSIFIER.INPUT_SIZE", 96)
     model = model_of(tiny_cfg, "classifier_lenet.yaml", channels, *opts, "INPUT.SEQUENCE_SLICES", 1)
     image = 255 * torch.rand(channels, 64, 64)
-    (found,) = model([{"image": image, "sequence": torch.stack([image] * 3)}])
+    slices = [{"image": x, "sequence": torch.stack([x] * 3)} for x in (image, 255 - image)]
+    if model.needs_fit:
+        model.fit(model.embed(slices), torch.tensor([1, 0]))
+    (found,) = model(slices[:1])
     assert 0 <= found["image_score"] <= 1
 
 

@@ -8,24 +8,64 @@ from torch.nn import functional as F
 from torchvision import models
 
 from ich_det2.modeling import CLASSIFIER_REGISTRY, ImageClassifier
-from ich_det2.modeling.classifier_networks import BHCNetGRU, DenseNet121, InceptionResNetV2, LeNet
+from ich_det2.modeling.classifier_networks import (
+    BHCNetGRU,
+    DenseNet121,
+    InceptionResNetV2,
+    InceptionV3,
+    LeNet,
+)
 
 # A convolution or linear layer has (inputs x kernel + bias) x outputs parameters. A library's
 # network of 1000 classes on F features loses 999 (F + 1).
 BHCNET = 864 + 18_432 + 73_728 + 147_456 + 2 * (32 + 64 + 128 + 128) + 257 * 128 + 129
+# Blocks of 8, 32, 64 and 64 channels on co-occurrence images, 128 pooled features to 64 units.
+TEXTURE = 2_304 + 18_432 + 36_864 + 2 * (32 + 64 + 64) + 129 * 64
 GATE = 64 * 128 + 64 * 64 + 2 * 64  # one gate of one direction: 128 features, 64 units
+ALEXNET = 61_100_840 - 999 * 4097
 PARAMETERS = {
     "LeNet": 456 + 2_416 + 48_120 + 10_164 + 85,
-    "AlexNet": 61_100_840 - 999 * 4097,
+    "AlexNet": ALEXNET,
     "GoogLeNet": 6_624_904 - 999 * 1025,
     "DenseNet121": 7_978_856 - 999 * 1025,
+    # Without its auxiliary classifier: convolutions 768 x 128 and 128 x 25 x 768 with two norms'
+    # weights and biases, and a layer of 768 features and 1000 classes.
+    "InceptionV3": 27_161_264 - (98_304 + 2_457_600 + 2 * 896 + 769_000) - 999 * 2049,
     "InceptionResNetV2": 55_843_464 - 999 * 1537,
     "EfficientNetLite0": 4_652_008 - 999 * 1281,
     "BHCNet": BHCNET,
     "BHCNetLSTM": BHCNET + 2 * 4 * GATE,
     "BHCNetGRU": BHCNET + 2 * 3 * GATE,
+    # DenseNet-121's features without the third transition and the fourth block, whose 16 layers see
+    # 512 + 32 i channels; the map, 2 x 1024 features to 128 units, BHCNetLSTM's recurrent layer.
+    "RADNet": 6_953_856
+    - (2 * 1024 + 1024 * 512)
+    - (130 * 12_032 + 16 * (2 * 128 + 128 * 288))
+    + 1025
+    + 2049 * 128
+    + 2 * 4 * GATE
+    + 129,
+    "AlexNetSVM": ALEXNET,
+    # A convolution of the heat map, and 3 x 3 there, 4 x 4 back, of 16, 32, 32 and 16 filters.
+    "AutoencoderAlexNetSVM": ALEXNET
+    + 64 * 121
+    + 9 * (16 + 512 + 1024 + 512)
+    + 96
+    + 16 * (512 + 1024 + 512 + 16)
+    + 32
+    + 32
+    + 16
+    + 1,
+    "GLCMNet": BHCNET + TEXTURE + 64,
 }
-SMALL = {"LeNet": 32, "AlexNet": 96, "InceptionResNetV2": 139}
+SMALL = {
+    "LeNet": 32,
+    "AlexNet": 96,
+    "AlexNetSVM": 96,
+    "AutoencoderAlexNetSVM": 96,
+    "InceptionV3": 107,
+    "InceptionResNetV2": 139,
+}
 
 
 def count(network):
@@ -74,6 +114,10 @@ def test_lenet_with_ten_outputs_on_one_channel():
     ("ours", "library"),
     [
         (DenseNet121, lambda: models.densenet121(num_classes=1)),
+        (
+            InceptionV3,
+            lambda: models.inception_v3(num_classes=1, aux_logits=False, init_weights=False),
+        ),
         (InceptionResNetV2, lambda: timm.create_model("inception_resnet_v2", num_classes=1)),
     ],
 )
@@ -127,7 +171,8 @@ def test_gradients_reach_all_parameters(make, name):
     size = SMALL.get(name, 64)
     model = make(name, size)
     key, frames = ("sequence", (3,)) if model.takes_sequence else ("image", ())
-    model(inputs(1, 0, shape=(*frames, 3, size, size), key=key))["loss_cls"].backward()
+    losses = model(inputs(1, 0, shape=(*frames, 3, size, size), key=key))
+    sum(losses.values()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without
 

@@ -98,6 +98,7 @@ def test_a_mirrored_slice_has_a_mirrored_answer(tiny_cfg, slices):
         (["MODEL.ENSEMBLE.MEMBERS", []], "MEMBERS is"),
         (["MODEL.ENSEMBLE.IOU_THRESHOLD", 1.0], "IOU_THRESHOLD is 1.0"),
         (["MODEL.ENSEMBLE.MEMBERS", [["MODEL.RPN.NMS_THRESH", 0.5]]], "EnsembleRCNN again"),
+        (["MODEL.MASK_ON", True], "fuses boxes, not masks"),
     ],
 )
 def test_what_is_no_ensemble_is_refused(tiny_cfg, opts, message):

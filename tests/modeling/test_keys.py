@@ -49,7 +49,7 @@ def test_each_config_is_read_whole_and_so_is_what_it_is_dumped_as(config, tmp_pa
 def test_each_cell_of_each_experiment_is_read_whole():
     folder, composed = CONFIGS / "experiments", []
     with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-        figures = ("figure2", "figure3", "figure4")
+        figures = ("figure2", "figure3", "figure4", "systems")
         for figure, hardware in itertools.product(figures, ("cpu", "gpu", "tiny")):
             opts = [f"hardware={hardware}", "data=phantom", "seeds=[0]", f"configs={CONFIGS}"]
             composed += build_cells(hydra.compose(figure, opts))
@@ -103,7 +103,7 @@ BATCH_NORM = ("MODEL.RESNETS.NORM", "BN")
         (R50, ("TEST.AUG.ENABLED", True), "each image is tested once"),
         (R50, ("TEST.AUG.FLIP", False), "each image is tested once"),
         (R50, ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 30.0, 1.0]]), "by --eval-only alone"),
-        (R50, ("MODEL.MASK_ON", True), "'ich_train' has boxes alone"),
+        (R50, ("INPUT.MASK_FORMAT", "rle"), "expected polygon or bitmask"),
         (R50, ("MODEL.KEYPOINT_ON", True), "'ich_train' has boxes alone"),
         (R50, ("MODEL.LOAD_PROPOSALS", True), "proposals are the RPN's"),
         (R50, ("DATASETS.PROPOSAL_FILES_TRAIN", ("p.pkl",)), "proposals are the RPN's"),
@@ -132,7 +132,8 @@ def test_a_key_that_nothing_reads_is_refused(config, opts, message):
         ("MODEL.RPN.POSITIVE_FRACTION", 0.25),  # of the stock RPN
         ("INPUT.RANDOM_FLIP", "vertical", "MODEL.RPN.BBOX_REG_LOSS_TYPE", "giou"),
         ("INPUT.MIN_SIZE_TRAIN", (400, 600), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
-        ("DATASETS.TRAIN", ("own_masks",), "MODEL.MASK_ON", True),
+        ("MODEL.MASK_ON", True, "INPUT.MASK_FORMAT", "bitmask"),
+        ("DATASETS.TRAIN", ("own_points",), "MODEL.KEYPOINT_ON", True),
         ("TEST.PRECISE_BN.ENABLED", True, "MODEL.RESNETS.DEPTH", 101),
         # What a training from random weights has written to its config.yaml.
         ("MODEL.WEIGHTS", "", "MODEL.TIMM.FREEZE_BN", False, *BATCH_NORM),

@@ -10,6 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 
+from ich_det2.data.tree import VocTree
 from ich_det2.phantom import dataset
 from ich_det2.phantom.bleeds import TYPES
 from ich_det2.phantom.dataset import SPLITS, plan_patients, split_patients, write_dataset
@@ -42,6 +43,7 @@ def test_tree_is_complete(phantom_tree):
         "Annotations",
         "DICOM",
         "ImageSets",
+        "SegmentationObject",
         "patients.csv",
         "phantom.json",
     ]
@@ -50,6 +52,18 @@ def test_tree_is_complete(phantom_tree):
     assert counts["slices"] == len(boxes)
     assert counts["bleeding_slices"] == sum(bool(b) for b in boxes)
     assert sum(counts["boxes"].values()) == sum(map(len, boxes))
+
+
+def test_masks_are_tight_in_their_boxes(phantom_tree):
+    tree, masks = VocTree(phantom_tree), 0
+    for image in tree.images:
+        _, boxes = read_boxes(phantom_tree / "Annotations" / f"{image}.xml")
+        assert (phantom_tree / "SegmentationObject" / f"{image}.png").is_file() == bool(boxes)
+        for (_, box), mask in zip(boxes, tree.masks(image), strict=True):
+            ys, xs = np.nonzero(mask)
+            assert box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            masks += 1
+    assert masks > 6
 
 
 def test_patients_do_not_cross_splits(phantom_tree):

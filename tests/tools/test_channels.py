@@ -28,6 +28,10 @@ SPLITS = {"train": "abcde", "val": "fghij", "test": "klmno"}
 BLEED = [("IPH", (11, 13, 30, 28))]
 OPTIONS = {
     "neighbours": ("INPUT.CONTEXT_SLICES", "1"),
+    "hybrid": (
+        *("INPUT.CONTEXT_SLICES", "2", "MODEL.BACKBONE.NAME", "build_hybrid3d_backbone"),
+        *("MODEL.PIXEL_MEAN", str([127.5] * 5), "MODEL.PIXEL_STD", str([127.5] * 5)),
+    ),
     "windows": ("INPUT.WINDOWS", "[[40, 80], [75, 215], [600, 2800]]"),
     "image head": (
         "MODEL.META_ARCHITECTURE",
@@ -132,6 +136,7 @@ def test_diagnose_feeds_what_the_evaluation_fed(tree, fed, tiny_cfg, tmp_path, o
 
 def check_neighbours(exam, fed):
     """The channels are the slices at other heights; ends and gaps repeat the slice itself."""
+    middle = len(next(iter(fed.values()))) // 2
     places = {}
     for path in exam.iterdir():
         ds = dcmread(path)
@@ -140,9 +145,9 @@ def check_neighbours(exam, fed):
     assert len(places) == 10
     for (patient, height), image in places.items():
         before, after = ((0, 1), (0, 2), (1, 2), (3, 4), (3, 4))[height]
-        assert torch.equal(image[0], places[patient, before][1])
-        assert torch.equal(image[2], places[patient, after][1])
-        assert not torch.equal(image[0], image[2])
+        assert torch.equal(image[middle - 1], places[patient, before][middle])
+        assert torch.equal(image[middle + 1], places[patient, after][middle])
+        assert not torch.equal(image[middle - 1], image[middle + 1])
 
 
 def check_smoothing(path, exam):

@@ -236,6 +236,39 @@ def test_the_papers_protocol_says_that_patients_are_shared(run, full_tree, tmp_p
     assert found.image_ids == ["g", "h"]
 
 
+def test_systems_are_compared_with_the_reference_and_their_cost_is_measured(
+    run, full_tree, tmp_path
+):
+    root, out = full_tree(), tmp_path / "out"
+    argv = ["experiment=systems", "data=own", f"data.root={root}", f"output={out}"]
+    argv += ["grid.method=[lenet,csfrcnn]", "systems.reference=csfrcnn", *SMALL]
+    assert run(*argv) == 0
+    folder = out / "own/systems"
+    rows = {row["method"]: row for row in rows_of(folder / "results.csv")}
+    for name, row in rows.items():
+        found = read_predictions(folder / f"method-{name}_seed-0/inference/ich_test")
+        assert float(row["AUC"]) == roc_auc_score(found.labels, found.scores)
+        assert float(row["CPU-seconds a slice"]) > 0 and float(row["peak memory, GB"]) > 0.1
+    # LeNet at 32 px: 6 * (3 * 25 + 1) + 16 * (6 * 25 + 1) + 120 * (16 * 25 + 1) + 84 * 121 + 85.
+    assert float(rows["lenet"]["million parameters"]) == 61241 / 1e6
+    differences = rows_of(folder / "differences.csv")
+    assert {row["method"] for row in differences} == {"lenet"}
+    (auc,) = (row for row in differences if row["metric"] == "AUC")
+    assert float(auc["difference"]) == float(rows["lenet"]["AUC"]) - float(rows["csfrcnn"]["AUC"])
+    text = (folder / "table.md").read_text()
+    assert "Differences to csfrcnn" in text
+    # Two slices of two patients tell no AUC from chance.
+    assert "Not told from chance by the AUC of slices: lenet, csfrcnn." in text
+    table = {row["method"]: row for row in rows_of(folder / "table.csv")}
+    assert [table[m]["recall of boxes at IoU 0.3 n"] for m in ("lenet", "csfrcnn")] == ["0", "1"]
+    assert np.asarray(Image.open(folder / "systems.png")).std() > 0
+
+    # The cost is measured once.
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("*/cost.json")}
+    assert len(before) == 2 and run(*argv, "report_only=true") == 0
+    assert before == {p: p.stat().st_mtime_ns for p in folder.glob("*/cost.json")}
+
+
 def test_hydra_carries_each_cell_and_reports_at_the_end(
     run, full_tree, tmp_path, monkeypatch, capsys
 ):
@@ -292,7 +325,7 @@ def test_table_1_counts_slices_and_patients(run, full_tree, tmp_path, capsys):
     ("argv", "code", "message"),
     [
         (["--help"], 0, "experiment=figure3 data=ct_ich"),
-        ([], 2, "experiment: figure2, figure3, figure4, figure5, protocol, table1"),
+        ([], 2, "experiment: figure2, figure3, figure4, figure5, protocol, systems, table1"),
         (["experiment=figure9"], 2, "experiment is 'figure9', expected one of figure2"),
         (["experiment=figure3", "data=own"], 2, "data.root is not given, expected data.root=VALUE"),
         (["experiment=figure3"], 2, "You must specify 'data'"),

@@ -1,5 +1,6 @@
 """Feature networks beyond Detectron2's own."""
 
+from .hybrid3d_backbone import Hybrid3DBackbone, build_hybrid3d_backbone
 from .timm_backbone import TimmBackbone, build_timm_backbone, build_timm_fpn_backbone
 from .torchvision_backbone import (
     TorchvisionBackbone,
@@ -8,8 +9,10 @@ from .torchvision_backbone import (
 )
 
 __all__ = [
+    "Hybrid3DBackbone",
     "TimmBackbone",
     "TorchvisionBackbone",
+    "build_hybrid3d_backbone",
     "build_inception_v3_backbone",
     "build_timm_backbone",
     "build_timm_fpn_backbone",

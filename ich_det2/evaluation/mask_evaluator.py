@@ -1,0 +1,274 @@
+"""Detectron2 evaluator of masks: how they agree with the true ones, and how much blood they show.
+
+Shape glossary: H x W a slice, D predicted instances.
+"""
+
+import itertools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+from ..data.dicom import read_spacing
+from ..data.masks import decode_mask
+from ..data.pictures import is_picture
+from ..files import write_csv, write_json
+from .volumes import dice, relative_error, volumes_ml
+
+ALL = "all"
+"""As a type: the union of all masks."""
+
+MASKS, VOLUMES, SUMMARY = "masks.csv", "volumes.csv", "masks.json"
+MASK_METRICS = ("dice", "slice_dice", "volume_error")
+_MASK_FIELDS = ("image_id", "patient_id", "true_pixels", "predicted_pixels", "both", "dice")
+_VOLUME_FIELDS = (
+    *("patient_id", "series", "type", "n_slices", "gaps"),
+    *("true_ml", "predicted_ml", "relative_error"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Pixels of a slice by type, and of the unions.
+
+    Attributes:
+        true: by type of the truth, and of ``ALL``; None where a mask is not known.
+        predicted: by class, and of ``ALL``.
+        both: in both unions; 0 where the truth is not known.
+        pixel_mm2: area of a pixel, NaN if it is not known.
+    """
+
+    image: str
+    patient: str
+    series: str | None
+    position_mm: float
+    pixel_mm2: float
+    true: Counter | None
+    predicted: Counter
+    both: int
+
+
+class MaskEvaluator(DatasetEvaluator):
+    """Dice and volumes of the predicted masks that score at least a threshold.
+
+    Writes ``masks.csv`` (a row for each slice of which the truth is known), ``volumes.csv`` (a row
+    for each series and type, where pixel spacing and positions are known) and ``masks.json``.
+
+    Where the model does not tell types, all that it finds in a series whose bleeds are of one type
+    is compared with that type.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: Sequence[str],
+        threshold: float,
+        truth: Sequence[dict],
+        output_dir=None,
+        distributed: bool = True,
+    ):
+        """
+        Args:
+            classes: names of the model's classes.
+            threshold: a mask counts from this score on.
+            truth: dataset dicts; the masks are "segmentation" of "annotations", run lengths. A
+                slice with a box of no mask, or that bleeds and has no box, is not compared.
+            output_dir: folder for the files; None writes none.
+            distributed: gather the slices of all processes.
+        """
+        self.classes, self.threshold = tuple(classes), threshold
+        self.truth = {str(d["image_id"]): d for d in truth}
+        self.output_dir = Path(output_dir) if output_dir else None
+        self.distributed = distributed
+        self.reset()
+
+    def reset(self) -> None:
+        self._slices: list[_Slice] = []
+
+    def process(self, inputs, outputs) -> None:
+        """
+        Args:
+            inputs: mapped dataset dicts; for volumes with "series" and "position_mm".
+            outputs: dicts with "instances" that have "scores", "pred_classes" and "pred_masks",
+                bool (D, H, W); others are passed over.
+        """
+        for x, y in zip(inputs, outputs):
+            if "instances" not in y or not y["instances"].has("pred_masks"):
+                continue
+            found = y["instances"].to("cpu")
+            found = found[found.scores >= self.threshold]
+            masks, names = found.pred_masks.numpy(), [self.classes[k] for k in found.pred_classes]
+            predicted, union = _count(zip(names, masks), masks.shape[1:])
+            d = self.truth[str(x["image_id"])]
+            true, both = None, 0
+            if is_known(d):
+                annotations = d["annotations"]
+                entries = ((_type(a), decode_mask(a["segmentation"])) for a in annotations)
+                true, whole = _count(entries, masks.shape[1:])
+                both = int((union & whole).sum())
+            path, spacing = d["file_name"], (np.nan, np.nan)
+            if not is_picture(path):
+                spacing = read_spacing(path)
+            place = x.get("series"), float(x.get("position_mm", np.nan))
+            whose = str(x["image_id"]), str(x.get("patient_id", x["image_id"]))
+            area = spacing[0] * spacing[1]
+            self._slices.append(_Slice(*whose, *place, area, true, predicted, both))
+
+    def evaluate(self) -> dict:
+        """
+        Returns:
+            ``{"masks": {"dice": ..., "slice_dice": ..., "volume_error": ...}}`` on the main
+            process: the mean Dice of patients (over all of their slices) and of slices that bleed,
+            and the mean absolute relative error of the volume of series that bleed; NaN where there
+            is none. An empty dict elsewhere, and where no mask was predicted or is known.
+        """
+        slices = self._slices
+        if self.distributed:
+            comm.synchronize()
+            slices = list(itertools.chain(*comm.gather(slices, dst=0)))
+            if not comm.is_main_process():
+                return {}
+        # The samplers of several processes may hand an image out twice.
+        slices = sorted({s.image: s for s in slices}.values(), key=lambda s: s.image)
+        if not slices:
+            logger.warning("The model gives no masks: Dice and volumes are not evaluated.")
+            return {}
+        known = [s for s in slices if s.true is not None]
+        if not any(s.true[ALL] for s in known):
+            logger.warning("No true mask is known: Dice and volumes are not evaluated.")
+            return {}
+        volumes = list(self._volumes(slices))
+        summary = _summary(known, volumes)
+        if self.output_dir is not None:
+            self._write(known, volumes, summary, len(slices))
+        logger.info("Masks that score at least %g: %s", self.threshold, summary)
+        return {"masks": {name: summary[name] for name in MASK_METRICS}}
+
+    def _volumes(self, slices: Sequence[_Slice]) -> Iterable[dict]:
+        """Rows of ``volumes.csv``."""
+        series: dict[tuple, list[_Slice]] = defaultdict(list)
+        for s in slices:
+            if s.series is not None and not np.isnan([s.position_mm, s.pixel_mm2]).any():
+                series[s.patient, s.series].append(s)
+        for (patient, name), own in sorted(series.items()):
+            positions = [s.position_mm for s in own]
+
+            def volumes(which: str, names: Sequence[str], own=own, positions=positions):
+                counts = [getattr(s, which) for s in own]
+                areas = [
+                    [np.nan if c is None else c[n] * s.pixel_mm2 for n in names]
+                    for s, c in zip(own, counts)
+                ]
+                found, gaps = volumes_ml(areas, positions)
+                return dict(zip(names, found.tolist())), gaps
+
+            true_types = sorted({t for s in own for t in (s.true or ())} - {ALL})
+            predicted = {t for s in own for t in s.predicted} - {ALL}
+            true, gaps = volumes("true", [ALL, *true_types])
+            found, _ = volumes("predicted", [ALL, *self.classes])
+            if len(self.classes) == 1:
+                found = {ALL: found[ALL]}
+                if len(true_types) == 1:
+                    found[true_types[0]] = found[ALL]
+                types = true_types
+            else:
+                types = sorted({*true_types, *predicted})
+            if np.isnan(found[ALL]):
+                continue
+            for kind in [ALL, *types]:
+                t = true.get(kind, 0.0 if not np.isnan(true[ALL]) else np.nan)
+                p = found.get(kind, 0.0 if len(self.classes) > 1 else np.nan)
+                yield {
+                    "patient_id": patient,
+                    "series": name,
+                    "type": kind,
+                    "n_slices": len(own),
+                    "gaps": gaps,
+                    "true_ml": t,
+                    "predicted_ml": p,
+                    "relative_error": float(relative_error(t, p)),
+                }
+
+    def _write(self, known, volumes, summary, number: int) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for s in known:
+            counts = s.true[ALL], s.predicted[ALL], s.both
+            row = zip(_MASK_FIELDS, (s.image, s.patient, *counts, _cell(float(dice(*counts)))))
+            rows.append(dict(row))
+        write_csv(self.output_dir / MASKS, _MASK_FIELDS, rows)
+        rows = [{key: _cell(value) for key, value in row.items()} for row in volumes]
+        write_csv(self.output_dir / VOLUMES, _VOLUME_FIELDS, rows)
+        counts = {"n_slices": len(known), "n_slices_without_truth": number - len(known)}
+        why = {} if volumes else {"note": "volumes are not known: no pixel spacing or positions"}
+        content = {"threshold": self.threshold, **counts, **summary, **why}
+        write_json(self.output_dir / SUMMARY, content)
+
+
+def is_known(dataset_dict: dict) -> bool:
+    """Whether the masks of all that bleeds in a slice are known; nothing bleeds in a healthy one.
+
+    Args:
+        dataset_dict: with "annotations" and, perhaps, "image_label".
+    """
+    annotations = dataset_dict.get("annotations", [])
+    if not annotations:
+        return not dataset_dict.get("image_label")
+    return all(a.get("segmentation") for a in annotations)
+
+
+def _type(annotation: dict) -> str:
+    return str(annotation.get("type", annotation["category_id"]))
+
+
+def _count(entries: Iterable[tuple[str, np.ndarray]], size) -> tuple[Counter, np.ndarray]:
+    """Pixels by name, of which a pixel counts once, and their union, bool (H, W)."""
+    unions: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(size, dtype=bool))
+    for name, mask in entries:
+        unions[name] |= mask
+        unions[ALL] |= mask
+    return Counter({name: int(mask.sum()) for name, mask in unions.items()}), unions[ALL]
+
+
+def _summary(known: Sequence[_Slice], volumes: Sequence[dict]) -> dict:
+    patients: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    bleeding = []
+    for s in known:
+        counts = np.array([s.true[ALL], s.predicted[ALL], s.both], dtype=float)
+        patients[s.patient] += counts
+        bleeding += [counts] if counts[0] else []
+    whole = [counts for counts in patients.values() if counts[0]]
+    types = {}
+    for kind in dict.fromkeys(row["type"] for row in volumes):
+        own = [r for r in volumes if r["type"] == kind and not np.isnan(r["relative_error"])]
+        if own:
+            types[kind] = {
+                "n_series": len(own),
+                "true_ml": _mean(r["true_ml"] for r in own),
+                "predicted_ml": _mean(r["predicted_ml"] for r in own),
+                "volume_error": _mean(abs(r["relative_error"]) for r in own),
+            }
+    return {
+        "dice": _mean(dice(*np.transpose(whole))),
+        "slice_dice": _mean(dice(*np.transpose(bleeding))),
+        "volume_error": types.get(ALL, {}).get("volume_error", float("nan")),
+        "types": types,
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _cell(value):
+    """A number as a table has it: empty where it is not known."""
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.6g}"
+    return value
