@@ -127,7 +127,8 @@ def test_it_trains_is_saved_goes_on_is_evaluated_and_diagnoses(
         *("DATASETS.ICH_ROOT", str(phantom_tree), "OUTPUT_DIR", str(out), "MODEL.DEVICE", "cpu"),
         *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "4", "TEST.EVAL_PERIOD", "2"),
         *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
-        *("TEST.DIAGNOSIS.RESAMPLES", "10", "DATALOADER.NUM_WORKERS", "0"),
+        *("TEST.DIAGNOSIS.OPERATING_THRESHOLD", "0.01", "TEST.DIAGNOSIS.RESAMPLES", "10"),
+        *("DATALOADER.NUM_WORKERS", "0"),
     )
     cfg = load_config(f"configs/{config}", opts)
     check_config(cfg, eval_only=False, resume=False)
@@ -147,6 +148,8 @@ def test_it_trains_is_saved_goes_on_is_evaluated_and_diagnoses(
     boxes = json.loads((folder / "coco_instances_results.json").read_text())
     assert boxes and all("segmentation" in box for box in boxes)
     assert max(scores) == pytest.approx(max(box["score"] for box in boxes))
+    masks = json.loads((folder / "masks.json").read_text())
+    assert masks["dice"] > 0.3 and (folder / "volumes.csv").is_file(), masks
     report = json.loads((folder / "report.json").read_text())["models"][0]
     assert any("without learning" in str(c["answer"]) for c in report["checklist"])
 
