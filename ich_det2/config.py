@@ -193,6 +193,21 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Weight of a slice with hemorrhage in the loss.
     cfg.MODEL.CLASSIFIER.POS_WEIGHT = 1.0
 
+    # ---- lesions without learning (META_ARCHITECTURE ThresholdSegmenter, LevelSetSegmenter) ----
+    cfg.MODEL.SEGMENTER = CN()
+    # HU beyond the median of the slice's brain from which on it may be blood.
+    cfg.MODEL.SEGMENTER.THRESHOLD_HU = 20.0
+    # Share of the head; what is smaller is no lesion.
+    cfg.MODEL.SEGMENTER.MIN_SHARE = 5e-4
+    # Weight of a slice with hemorrhage in the loss.
+    cfg.MODEL.SEGMENTER.POS_WEIGHT = 1.0
+    # HU beyond that median at which the clusters of LevelSetSegmenter start, ascending.
+    cfg.MODEL.SEGMENTER.CENTERS = [-6.0, 0.0, 6.0, 25.0]
+    # Iterations of its level set; 0 leaves the outlines to the clusters.
+    cfg.MODEL.SEGMENTER.ITERATIONS = 20
+    # Below 0 its outlines grow where there is no edge, above 0 they shrink.
+    cfg.MODEL.SEGMENTER.AREA = -1.0
+
     # ---- torchvision's Inception V3 (build_inception_v3_backbone, InceptionV3ROIHeads) --------
     cfg.MODEL.TORCHVISION = CN()
     # Keep the batch norms' statistics and affine parameters as loaded.

@@ -19,7 +19,7 @@ from ..anchors.clustering import (
 )
 from ..data.dicom import pixel_ratio, read_spacing
 from ..modeling.anchor_generator import anchors_given
-from .config import is_classifier, is_retinanet
+from .config import is_classifier, is_retinanet, is_segmenter
 from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ def needs_anchors(cfg: CfgNode) -> bool:
     given = anchors_given(generator.PAIRS) or (
         anchors_given(generator.SIZES) and anchors_given(generator.ASPECT_RATIOS)
     )
-    return generator.NAME == "ClusteredAnchorGenerator" and not given and not is_classifier(cfg)
+    clustered = generator.NAME == "ClusteredAnchorGenerator"
+    return clustered and not given and not is_classifier(cfg) and not is_segmenter(cfg)
 
 
 def fill_anchors(cfg: CfgNode) -> None:

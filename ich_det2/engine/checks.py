@@ -33,6 +33,7 @@ from .config import (
     has_all_masks,
     is_classifier,
     is_retinanet,
+    is_segmenter,
     load_config,
 )
 from .launched import Launched
@@ -431,7 +432,7 @@ def thaw_without_weights(cfg: CfgNode) -> None:
 
 def _is_frozen(cfg: CfgNode) -> bool:
     frozen = cfg.MODEL.BACKBONE.FREEZE_AT > 0 or cfg.MODEL.RESNETS.NORM == "FrozenBN"
-    return frozen and not is_classifier(cfg)  # which has no backbone
+    return frozen and not is_classifier(cfg) and not is_segmenter(cfg)  # which have no backbone
 
 
 def _thaw(cfg: CfgNode) -> None:

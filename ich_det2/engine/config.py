@@ -16,6 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 
 from ..config import add_ich_config
 from ..modeling import DiagnosisRCNN, ImageClassifier
+from ..modeling.lesion_segmenter import LesionSegmenter
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,11 @@ def class_count_key(cfg: CfgNode) -> str:
 def is_classifier(cfg: CfgNode) -> bool:
     """Whether the model scores whole images, without boxes."""
     return _derives(cfg, ImageClassifier)
+
+
+def is_segmenter(cfg: CfgNode) -> bool:
+    """Whether the model finds lesions without learning, and scores them."""
+    return _derives(cfg, LesionSegmenter)
 
 
 def is_retinanet(cfg: CfgNode) -> bool:

@@ -12,7 +12,7 @@ from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
 from ..evaluation.report import Model, ReadImage, write_report
 from ..modeling.keys import is_read
-from .config import Differences, flatten, is_classifier, is_retinanet
+from .config import Differences, flatten, is_classifier, is_retinanet, is_segmenter
 from .operating_point import build_settings
 from .partitions import ROLES, overlaps, patients_of
 from .run_folder import RunFolder, versions
@@ -130,6 +130,13 @@ def _model(cfg: CfgNode) -> str:
             f" {cfg.INPUT.SEQUENCE_SLICES} slices beside on either side; a positive image weighs"
             f" {classifier.POS_WEIGHT:g} in the loss; an image is positive if its probability is at"
             " least the threshold."
+        )
+    if is_segmenter(cfg):
+        return (
+            f"{model.META_ARCHITECTURE} with MODEL.SEGMENTER {dict(model.SEGMENTER)}: lesions are"
+            " found without learning, only how likely one is blood is learnt, from its size,"
+            " density and compactness; an image is positive if a lesion's probability is at least"
+            " the threshold."
         )
     backbone = model.BACKBONE.NAME
     if backbone == "build_timm_backbone":

@@ -14,6 +14,7 @@ from ..files import write_atomically
 from .diagnoser import load_run
 
 _META = "MODEL.META_ARCHITECTURE"
+_NO_DETECTORS = ("EnsembleRCNN", "ImageClassifier", "LevelSetSegmenter", "ThresholdSegmenter")
 _SAME = ("INPUT.", "DATASETS.ICH_CLASSES", "MODEL.PIXEL_")
 # Of these, what only a training reads.
 _NOT_SEEN = ("INPUT.AUG.", "INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.RANDOM_FLIP")
@@ -52,7 +53,7 @@ def combine_runs(
     settings = [plain_settings(cfg) for cfg in configs]
     first = settings[0]
     for folder, own in zip(runs, settings):
-        if own[_META] in ("EnsembleRCNN", "ImageClassifier"):
+        if own[_META] in _NO_DETECTORS:
             raise ValueError(f"{folder}: is of a {own[_META]}, expected a detector's run.")
         for key, value in own.items():
             if key.startswith(_SAME) and not key.startswith(_NOT_SEEN) and value != first.get(key):

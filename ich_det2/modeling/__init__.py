@@ -13,6 +13,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
     from .ensemble import EnsembleRCNN
     from .glcm import GLCMNet
     from .inception_roi_heads import InceptionV3ROIHeads
+    from .lesion_segmenter import LevelSetSegmenter, ThresholdSegmenter
     from .mask_head import KnownMaskHead
     from .radnet import RADNet
     from .rfcn_roi_heads import RFCNROIHeads
@@ -45,8 +46,10 @@ __all__ = [
     "ImageClassifier",
     "InceptionV3ROIHeads",
     "KnownMaskHead",
+    "LevelSetSegmenter",
     "RADNet",
     "RFCNROIHeads",
+    "ThresholdSegmenter",
     "TimmBackbone",
     "TorchvisionBackbone",
 ]

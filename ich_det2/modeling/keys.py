@@ -37,6 +37,7 @@ from .classifier_networks import CLASSIFIER_REGISTRY
 from .diagnosis_rcnn import DiagnosisRCNN
 from .ensemble import EnsembleRCNN
 from .inception_roi_heads import InceptionV3ROIHeads
+from .lesion_segmenter import LesionSegmenter, LevelSetSegmenter
 from .rfcn_roi_heads import RFCNROIHeads
 from .roi_heads import CostSensitiveMixin, CostSensitiveROIHeads
 from .rpn import CostSensitiveRPN, CostSensitiveRPNHead
@@ -117,6 +118,10 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     "MODEL.IMAGE_HEAD.": {_META: _of(DiagnosisRCNN)},
     "MODEL.ENSEMBLE.": {_META: _of(EnsembleRCNN)},
     "MODEL.CLASSIFIER.": {_META: _of(ImageClassifier)},
+    "MODEL.SEGMENTER.": {_META: _of(LesionSegmenter)},
+    "MODEL.SEGMENTER.CENTERS": {_META: _of(LevelSetSegmenter)},
+    "MODEL.SEGMENTER.ITERATIONS": {_META: _of(LevelSetSegmenter)},
+    "MODEL.SEGMENTER.AREA": {_META: _of(LevelSetSegmenter)},
     "INPUT.SEQUENCE_SLICES": {_CLASSIFIER: lambda part: getattr(part, "takes_sequence", False)},
 }
 
