@@ -208,6 +208,22 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Below 0 its outlines grow where there is no edge, above 0 they shrink.
     cfg.MODEL.SEGMENTER.AREA = -1.0
 
+    # ---- segmentation of slices (META_ARCHITECTURE DynUNetSegmenter) --------------------------
+    cfg.MODEL.DYNUNET = CN()
+    # The stages of the network: sizes of convolutions and strides, [rows, columns] each, and
+    # channels. Left as [] they are planned, as nnU-Net does, from the sizes of the training slices
+    # at the network's input by tools/train_net.py before the model is built.
+    cfg.MODEL.DYNUNET.KERNELS = []
+    cfg.MODEL.DYNUNET.STRIDES = []
+    cfg.MODEL.DYNUNET.FILTERS = []
+    # Channels of a planned network's first stage; each further one has twice as many as that before
+    # it, up to 16 times these.
+    cfg.MODEL.DYNUNET.BASE_FILTERS = 32
+    # Probability of all types together from which on a pixel bleeds.
+    cfg.MODEL.DYNUNET.MASK_THRESH_TEST = 0.5
+    # Pixels of the least lesion; the slice's score is the mean probability of as many pixels.
+    cfg.MODEL.DYNUNET.MIN_PIXELS = 4
+
     # ---- torchvision's Inception V3 (build_inception_v3_backbone, InceptionV3ROIHeads) --------
     cfg.MODEL.TORCHVISION = CN()
     # Keep the batch norms' statistics and affine parameters as loaded.

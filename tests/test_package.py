@@ -66,6 +66,7 @@ PURE = {
     "ich_det2.inference.slices",
     "ich_det2.inference.viewer",
     "ich_det2.lazy",
+    "ich_det2.modeling.components",
     "ich_det2.modeling.cost",
     "ich_det2.modeling.fuzzy_c_means",
     "ich_det2.modeling.level_set",

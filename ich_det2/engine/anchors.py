@@ -20,7 +20,7 @@ from ..anchors.clustering import (
 from ..data.dicom import pixel_ratio, read_spacing
 from ..modeling.anchor_generator import anchors_given
 from .config import is_classifier, is_retinanet, is_segmenter
-from .run_folder import RunFolder
+from .run_folder import trained_config
 
 logger = logging.getLogger(__name__)
 
@@ -149,22 +149,14 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
         square, and that to the middle of ``INPUT.MIN_SIZE_TRAIN``. A box that the crop leaves
         nothing of is none.
     """
-    sizes = cfg.INPUT.MIN_SIZE_TRAIN
-    short_edge = sizes if isinstance(sizes, int) else int(round(np.median(sizes)))
     boxes = []
     for name in datasets:
         for d in DatasetCatalog.get(name):
             if not d.get("annotations"):
                 continue
-            path, ratio = d["file_name"], 1.0
-            if path.lower().endswith(".dcm"):  # the mapper makes the pixels square first
-                ratio = pixel_ratio(read_spacing(path))
             left, top, right, bottom = d.get("crop", (0, 0, d["width"], d["height"]))
-            height = round((bottom - top) * ratio)
-            resized, _ = ResizeShortestEdge.get_output_shape(
-                height, right - left, short_edge, cfg.INPUT.MAX_SIZE_TRAIN
-            )
-            scale = resized / height
+            (height, _), ratio = input_size(cfg, d)
+            scale = height / round((bottom - top) * ratio)
             for a in d["annotations"]:
                 box = np.array([a["bbox"]], dtype=float)
                 ((x0, y0, x1, y1),) = BoxMode.convert(box, a["bbox_mode"], BoxMode.XYXY_ABS)
@@ -172,6 +164,21 @@ def boxes_wh_of(cfg: CfgNode, datasets: Sequence[str]) -> np.ndarray:
                 if w > 0 and h > 0:
                     boxes.append((w * scale, h * ratio * scale))
     return np.array(boxes).reshape(-1, 2)
+
+
+def input_size(cfg: CfgNode, dataset_dict: dict) -> tuple[tuple[int, int], float]:
+    """(H, W) of a slice at the network's input in training, as :func:`boxes_wh_of` takes it, and
+    the height of its own pixels over their width."""
+    path, ratio, sizes = dataset_dict["file_name"], 1.0, cfg.INPUT.MIN_SIZE_TRAIN
+    if path.lower().endswith(".dcm"):  # the mapper makes the pixels square first
+        ratio = pixel_ratio(read_spacing(path))
+    whole = (0, 0, dataset_dict["width"], dataset_dict["height"])
+    left, top, right, bottom = dataset_dict.get("crop", whole)
+    short_edge = sizes if isinstance(sizes, int) else int(round(np.median(sizes)))
+    size = ResizeShortestEdge.get_output_shape(
+        round((bottom - top) * ratio), right - left, short_edge, cfg.INPUT.MAX_SIZE_TRAIN
+    )
+    return size, ratio
 
 
 def take_trained_anchors(cfg: CfgNode, *folders: str | Path) -> None:
@@ -187,20 +194,9 @@ def take_trained_anchors(cfg: CfgNode, *folders: str | Path) -> None:
     """
     if not needs_anchors(cfg):
         return
-    runs = [RunFolder(path) for path in folders]
-    runs = runs or [RunFolder.beside(cfg.MODEL.WEIGHTS), RunFolder(cfg.OUTPUT_DIR)]
-    for run in runs:
-        trained = run.read_config() if run.config.is_file() else None
-        if trained is not None and not needs_anchors(trained):
-            own = cfg.MODEL.ANCHOR_GENERATOR
-            for key in ("CLUSTERS", "SIZES", "ASPECT_RATIOS", "PAIRS"):
-                if key == "CLUSTERS" or not anchors_given(own[key]):
-                    own[key] = trained.MODEL.ANCHOR_GENERATOR[key]
-            logger.info("Anchors taken from %s.", run.config)
-            return
-    places = " or in ".join(f"'{run.path}'" for run in runs)
-    raise ValueError(
-        "the config leaves the anchors of MODEL.ANCHOR_GENERATOR open, and there is no"
-        f" {runs[0].config.name} with the trained anchors in {places}; use --config-file with that"
-        " of the training run."
-    )
+    what = "anchors", "MODEL.ANCHOR_GENERATOR"
+    trained = trained_config(cfg, folders, needs_anchors, *what).MODEL.ANCHOR_GENERATOR
+    own = cfg.MODEL.ANCHOR_GENERATOR
+    for key in ("CLUSTERS", "SIZES", "ASPECT_RATIOS", "PAIRS"):
+        if key == "CLUSTERS" or not anchors_given(own[key]):
+            own[key] = trained[key]

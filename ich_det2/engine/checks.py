@@ -32,6 +32,7 @@ from .config import (
     flatten,
     has_all_masks,
     is_classifier,
+    is_dynunet,
     is_retinanet,
     is_segmenter,
     load_config,
@@ -39,6 +40,7 @@ from .config import (
 from .launched import Launched
 from .operating_point import check_operating_point
 from .partitions import ROLES, overlaps
+from .plan import fill_plan, take_trained_plan
 from .run_folder import RunFolder, in_words
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "MODEL.RPN.BATCH_SIZE_PER_IMAGE": (1, _INF),
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (1, _INF),
     "MODEL.CLASSIFIER.INPUT_SIZE": (1, _INF),
+    "MODEL.DYNUNET.BASE_FILTERS": (1, _INF),
+    "MODEL.DYNUNET.MIN_PIXELS": (1, _INF),
     "TEST.EVAL_PERIOD": (0, _INF),
     "TEST.BATCH_SIZE": (1, _INF),
     "TEST.DIAGNOSIS.THRESHOLDS": (0, 1),
@@ -87,7 +91,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
 
     Values, data and their files' headers are checked, the model is built once, weights are looked
     for. Anchors that the config leaves open are clustered from the training boxes, or taken from
-    the trained run. An evaluation of the last checkpoint gets it as ``MODEL.WEIGHTS``.
+    the trained run; so is the plan of a segmentation network. An evaluation of the last checkpoint
+    gets it as ``MODEL.WEIGHTS``.
 
     Args:
         cfg: of :func:`load_config`; it is completed.
@@ -116,6 +121,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
             _thaw(cfg)
     if continues:
         take_trained_anchors(cfg, run.path)
+        take_trained_plan(cfg, run.path)
         run.check_continues(cfg)
     read = _check_data(cfg, eval_only)
     _check_read(cfg, trained if continues or eval_only else None, training=not eval_only)
@@ -124,9 +130,11 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     IchDatasetMapper(cfg, is_train=not eval_only)
     if eval_only:
         take_trained_anchors(cfg)
+        take_trained_plan(cfg)
     elif not continues:
         thaw_without_weights(cfg)
         fill_anchors(cfg)
+        fill_plan(cfg)
     try:
         model = build_model(cfg)
     except (KeyError, AssertionError) as error:
@@ -274,10 +282,10 @@ def _check_training(cfg: CfgNode, num_processes: int) -> None:
             f"TEST.DIAGNOSIS.PATIENCE is {cfg.TEST.DIAGNOSIS.PATIENCE}, but TEST.EVAL_PERIOD 0"
             " validates after the last iteration only; set a period, or PATIENCE 0."
         )
-    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT != "bitmask":
+    if (asks := _asks_for_masks(cfg)) and cfg.INPUT.MASK_FORMAT != "bitmask":
         raise ValueError(
-            f"MODEL.MASK_ON is True with INPUT.MASK_FORMAT '{cfg.INPUT.MASK_FORMAT}', expected"
-            " 'bitmask': masks of slices are pixels."
+            f"{asks} with INPUT.MASK_FORMAT '{cfg.INPUT.MASK_FORMAT}', expected 'bitmask': masks of"
+            " slices are pixels."
         )
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         logger.warning(
@@ -311,7 +319,7 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> dict[str, list[dict]]:
         read[name] = DatasetCatalog.get(name)
         check_images(read[name])
         _check_classes(cfg, name)
-    if cfg.MODEL.MASK_ON and not eval_only:
+    if _asks_for_masks(cfg) and not eval_only:
         _check_masks(cfg, [d for name in cfg.DATASETS.TRAIN for d in read[name]])
     if cfg.TEST.DIAGNOSIS.SMOOTHING:
         scored = (cfg.DATASETS[role] for role in roles if role != "TRAIN")
@@ -338,15 +346,23 @@ def _check_classes(cfg: CfgNode, name: str) -> None:
         )
 
 
+def _asks_for_masks(cfg: CfgNode) -> str:
+    """Which setting learns from masks, in words; empty if none does."""
+    if is_dynunet(cfg):
+        return f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}"
+    return "MODEL.MASK_ON is True" if cfg.MODEL.MASK_ON else ""
+
+
 def _check_masks(cfg: CfgNode, dicts: Sequence[dict]) -> None:
     known = [bool(a.get("segmentation")) for d in dicts for a in d["annotations"]]
     names = ", ".join(cfg.DATASETS.TRAIN)
     if not any(known):
+        without = "train a detector of boxes" if is_dynunet(cfg) else "set MODEL.MASK_ON False"
         raise ValueError(
-            f"MODEL.MASK_ON is True, but no box of {names} has a mask; add SegmentationObject/ or"
-            " SegmentationClass/ to the tree, or set MODEL.MASK_ON False."
+            f"{_asks_for_masks(cfg)}, but no box of {names} has a mask; add"
+            f" SegmentationObject/ or SegmentationClass/ to the tree, or {without}."
         )
-    if all(known):
+    if all(known) or not cfg.MODEL.MASK_ON:  # others leave slices out, and say so
         return
     head, unknown = cfg.MODEL.ROI_MASK_HEAD.NAME, known.count(False)
     if head in ROI_MASK_HEAD_REGISTRY and not issubclass(

@@ -15,7 +15,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, RetinaNet
 
 from ..config import add_ich_config
-from ..modeling import DiagnosisRCNN, ImageClassifier
+from ..modeling import DiagnosisRCNN, DynUNetSegmenter, ImageClassifier
 from ..modeling.lesion_segmenter import LesionSegmenter
 
 logger = logging.getLogger(__name__)
@@ -137,8 +137,13 @@ def is_classifier(cfg: CfgNode) -> bool:
 
 
 def is_segmenter(cfg: CfgNode) -> bool:
-    """Whether the model finds lesions without learning, and scores them."""
-    return _derives(cfg, LesionSegmenter)
+    """Whether the model finds the pixels of bleeds, without anchors and backbone."""
+    return _derives(cfg, (LesionSegmenter, DynUNetSegmenter))
+
+
+def is_dynunet(cfg: CfgNode) -> bool:
+    """Whether the model learns from masks alone, by a network that is planned from the data."""
+    return _derives(cfg, DynUNetSegmenter)
 
 
 def is_retinanet(cfg: CfgNode) -> bool:

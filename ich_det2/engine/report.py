@@ -12,7 +12,14 @@ from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
 from ..evaluation.report import Model, ReadImage, write_report
 from ..modeling.keys import is_read
-from .config import Differences, flatten, is_classifier, is_retinanet, is_segmenter
+from .config import (
+    Differences,
+    flatten,
+    is_classifier,
+    is_dynunet,
+    is_retinanet,
+    is_segmenter,
+)
 from .operating_point import build_settings
 from .partitions import ROLES, overlaps, patients_of
 from .run_folder import RunFolder, versions
@@ -130,6 +137,13 @@ def _model(cfg: CfgNode) -> str:
             f" {cfg.INPUT.SEQUENCE_SLICES} slices beside on either side; a positive image weighs"
             f" {classifier.POS_WEIGHT:g} in the loss; an image is positive if its probability is at"
             " least the threshold."
+        )
+    if is_dynunet(cfg):
+        return (
+            f"{model.META_ARCHITECTURE}, filters {_plain(model.DYNUNET.FILTERS)}, strides"
+            f" {_plain(model.DYNUNET.STRIDES)}; an image is positive if the mean of its"
+            f" {model.DYNUNET.MIN_PIXELS} highest probabilities of a pixel is at least the"
+            " threshold."
         )
     if is_segmenter(cfg):
         return (

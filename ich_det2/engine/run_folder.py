@@ -20,10 +20,11 @@ A folder in which a model of another one was evaluated holds the files of a what
 import csv
 import hashlib
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from ..files import sha256, write_atomically, write_json
 from ..version import __version__
 from .checkpoint import LAST_CHECKPOINT
 from .config import Differences, change_answers, differences, load_config, not_continuable
+
+logger = logging.getLogger(__name__)
 
 _WHAT_IF, _INFERENCE, _EARLIER = "what_if", "inference", "earlier"
 _OF_A_TRAINING = (
@@ -339,6 +342,40 @@ class RunFolder:
     def _write_config(self, cfg: CfgNode) -> None:
         with write_atomically(self.config) as file:
             file.write(cfg.dump())
+
+
+def trained_config(
+    cfg: CfgNode,
+    folders: Sequence[str | Path],
+    is_open: Callable[[CfgNode], bool],
+    what: str,
+    key: str,
+) -> CfgNode:
+    """The config that a model was trained with, for what its own config leaves open.
+
+    Args:
+        cfg: its own.
+        folders: of training runs, the first that knows is taken; without any that of MODEL.WEIGHTS,
+            then OUTPUT_DIR.
+        is_open: whether a config leaves it open.
+        what: in a word, such as "anchors".
+        key: under which it is in a config.
+
+    Raises:
+        ValueError: if none has a record of it.
+    """
+    runs = [RunFolder(path) for path in folders]
+    runs = runs or [RunFolder.beside(cfg.MODEL.WEIGHTS), RunFolder(cfg.OUTPUT_DIR)]
+    for run in runs:
+        trained = run.read_config() if run.config.is_file() else None
+        if trained is not None and not is_open(trained):
+            logger.info("The %s of %s taken from %s.", what, key, run.config)
+            return trained
+    places = " or in ".join(f"'{run.path}'" for run in runs)
+    raise ValueError(
+        f"the config leaves the {what} of {key} open, and there is no {runs[0].config.name} with"
+        f" the trained {what} in {places}; use --config-file with that of the training run."
+    )
 
 
 def in_words(differs: Differences) -> str:

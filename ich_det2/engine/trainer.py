@@ -19,9 +19,15 @@ from ..data.crop import uncrop
 from ..data.mapper import IchDatasetMapper
 from ..data.samplers import PositiveShareSampler
 from ..evaluation.evaluator import DiagnosisEvaluator
-from ..evaluation.mask_evaluator import MaskEvaluator
+from ..evaluation.mask_evaluator import MaskEvaluator, is_known
 from .checkpoint import IchCheckpointer
-from .config import has_all_masks, is_classifier, learns_from_labels, reads_masks
+from .config import (
+    has_all_masks,
+    is_classifier,
+    is_dynunet,
+    learns_from_labels,
+    reads_masks,
+)
 from .hooks import BestCheckpointer, DiagnosisHook, EarlyStop, EarlyStopping, FitHook
 from .operating_point import choose_operating_point
 from .partitions import share_images
@@ -267,12 +273,22 @@ class IchTrainer(DefaultTrainer):
 
 
 def without_unlearnable(cfg, dataset: list[dict]) -> list[dict]:
-    """Leaves out slices with hemorrhage but no boxes where they would be taken as background.
+    """Leaves out slices with hemorrhage but no boxes where they would be taken as background; those
+    with a box but no mask of it, where a model learns from masks alone.
 
     Args:
         cfg: config of the training.
         dataset: dataset dicts, with "image_label" or without.
     """
+    if is_dynunet(cfg):
+        kept = [d for d in dataset if is_known(d)]
+        if len(kept) < len(dataset):
+            logger.warning(
+                "%d training slices have hemorrhage, but not all of it has masks: they are left"
+                " out.",
+                len(dataset) - len(kept),
+            )
+        return kept
     if learns_from_labels(cfg):
         return dataset
     kept = [d for d in dataset if d.get("annotations") or not d.get("image_label")]

@@ -10,6 +10,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
     from .classifier import ImageClassifier
     from .classifier_networks import CLASSIFIER_REGISTRY
     from .diagnosis_rcnn import DiagnosisRCNN
+    from .dynunet import DynUNetSegmenter
     from .ensemble import EnsembleRCNN
     from .glcm import GLCMNet
     from .inception_roi_heads import InceptionV3ROIHeads
@@ -40,6 +41,7 @@ __all__ = [
     "CostSensitiveRPNHead",
     "CostSensitiveRes5ROIHeads",
     "DiagnosisRCNN",
+    "DynUNetSegmenter",
     "EnsembleRCNN",
     "FixedRatioSampler",
     "GLCMNet",

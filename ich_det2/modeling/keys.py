@@ -35,6 +35,7 @@ from .backbone import (
 from .classifier import ImageClassifier
 from .classifier_networks import CLASSIFIER_REGISTRY
 from .diagnosis_rcnn import DiagnosisRCNN
+from .dynunet import DynUNetSegmenter
 from .ensemble import EnsembleRCNN
 from .inception_roi_heads import InceptionV3ROIHeads
 from .lesion_segmenter import LesionSegmenter, LevelSetSegmenter
@@ -122,6 +123,7 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     "MODEL.SEGMENTER.CENTERS": {_META: _of(LevelSetSegmenter)},
     "MODEL.SEGMENTER.ITERATIONS": {_META: _of(LevelSetSegmenter)},
     "MODEL.SEGMENTER.AREA": {_META: _of(LevelSetSegmenter)},
+    "MODEL.DYNUNET.": {_META: _of(DynUNetSegmenter)},
     "INPUT.SEQUENCE_SLICES": {_CLASSIFIER: lambda part: getattr(part, "takes_sequence", False)},
 }
 
