@@ -83,6 +83,64 @@ def _doubt(image) -> str:
     return ""
 
 
+def write_stack(path: str | os.PathLike, slices: np.ndarray, steps_mm: np.ndarray) -> None:
+    """Write slices as a NIfTI volume, voxels in the order in which the slices have them.
+
+    Args:
+        path: .nii.gz or .nii.
+        slices: (D, H, W).
+        steps_mm: (3, 4), mm to the patient's left, to the back and to the head: from a column to
+            the next, from a row, from a slice, and the middle of the first voxel.
+    """
+    affine = np.vstack([steps_mm, [0, 0, 0, 1]])
+    affine[:2] *= -1  # NIfTI's axes run to the right and to the front
+    image = nib.Nifti1Image(np.ascontiguousarray(slices.T), affine)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+
+
+def read_stack(path: str | os.PathLike, like: str | os.PathLike) -> np.ndarray:
+    """Read a mask of a volume of :func:`write_stack`, slice by slice as that has them.
+
+    Args:
+        path: .nii.gz or .nii; its axes may run the other way, as its affine says.
+        like: the volume.
+
+    Returns:
+        int32 (D, H, W).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no NIfTI file, damaged, values that are no whole numbers, or of another shape or
+            place than the volume; the message names it.
+    """
+    for file in (path, like):
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{file}: no such file.")
+    try:
+        image: Any = nib.load(path)
+        scan: Any = nib.load(like)
+        orientations = [nib.io_orientation(i.affine) for i in (image, scan)]
+        image = image.as_reoriented(nib.orientations.ornt_transform(*orientations))
+        data = np.asanyarray(image.dataobj)
+        whole = np.rint(data)
+        if not np.isfinite(data).all() or np.abs(data - whole).max(initial=0) > 0.01:
+            raise ValueError("holds fractions or NaN, expected a mask of whole numbers")
+    except Exception as error:  # nibabel answers damage with many kinds of errors
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: is not a NIfTI mask of a head ({detail}).") from error
+    if image.shape != scan.shape:
+        raise ValueError(f"{path}: has the shape {image.shape}, its scan {like} {scan.shape}.")
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=float)
+    corners[:, :3] *= scan.shape
+    apart = np.abs((image.affine - scan.affine) @ corners.T).max()
+    if not apart <= min(scan.header.get_zooms()[:3]) / 2:
+        raise ValueError(
+            f"{path}: by their affines it lies {apart:.1f} mm beside its scan {like} or is turned."
+        )
+    return whole.T.astype(np.int32)
+
+
 def read_with_mask(
     path: str | os.PathLike, mask_path: str | os.PathLike
 ) -> tuple[Volume, np.ndarray]:

@@ -24,6 +24,7 @@ from .series import (
     pixel_ratio,
     read_file,
     read_place,
+    read_plane,
     read_series,
     read_spacing,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "read_hu",
     "read_identity",
     "read_place",
+    "read_plane",
     "read_series",
     "read_size",
     "read_spacing",

@@ -292,6 +292,31 @@ def read_spacing(path: str | os.PathLike) -> tuple[float, float]:
         return read_headers(file)[0].spacing_mm
 
 
+def read_plane(path: str | os.PathLike) -> np.ndarray | None:
+    """Where the pixels of a slice lie in the patient (C.7.6.2.1.1).
+
+    Returns:
+        (3, 4), mm to the patient's left, to the back and to the head: the steps from a pixel to the
+        next in a row, in a column, and through the slice (Slice Thickness along the normal), and
+        the middle of the first pixel; None where the file does not say.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_hu``.
+    """
+    with naming(path), open(path, "rb") as file:
+        entry = CTSlice(Path(path), read_headers(file)[0])
+    rows, columns = entry.header.spacing_mm
+    if math.isnan(entry.position_mm) or math.isnan(rows) or entry.directions is None:
+        return None
+    along_row, along_column = entry.directions
+    thickness = entry.header.values.number("SliceThickness") or 1.0
+    normal = np.cross(along_row, along_column)
+    first = np.array(entry.header.values.numbers("ImagePositionPatient"))
+    # Rows are so far apart as pixels of a column, and the other way round.
+    steps = along_row * columns, along_column * rows, normal * thickness
+    return np.stack([*steps, first], axis=1)
+
+
 def pixel_ratio(spacing_mm: tuple[float, float]) -> float:
     """Height of a slice's pixels over their width: 1 if nearly so, or where it is not known.
 
