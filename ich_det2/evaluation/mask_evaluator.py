@@ -157,7 +157,9 @@ class MaskEvaluator(DatasetEvaluator):
         for s in slices:
             if s.series is not None:
                 series[s.patient, s.series].append(s)
-        for (patient, name), own in sorted(series.items()):
+        numbers: Counter = Counter()  # in the place of UIDs, which tell whose a series is
+        for (patient, _), own in sorted(series.items()):
+            numbers[patient] += 1
             types = sorted({t for s in own for t in s.true or ()} - {ALL})
             true, gaps = _series_ml(own, [s.true for s in own], types)
             found, _ = _series_ml(own, [s.predicted for s in own], self.classes)
@@ -169,7 +171,8 @@ class MaskEvaluator(DatasetEvaluator):
                 t = true.get(kind, 0 * true[ALL])  # NaN, if the truth is not known
                 p = found.get(kind, np.nan)
                 error = float(relative_error(t, p))
-                yield dict(zip(_VOLUME_FIELDS, (patient, name, kind, len(own), gaps, t, p, error)))
+                values = patient, numbers[patient], kind, len(own), gaps, t, p, error
+                yield dict(zip(_VOLUME_FIELDS, values))
 
     def _write(self, known, volumes, summary, number: int) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)

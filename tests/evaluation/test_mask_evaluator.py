@@ -85,6 +85,7 @@ def test_dice_and_volumes_worked_by_hand(evaluate, tmp_path):
         ("a", "all", "1", "0.6"), ("a", "IPH", "1", "0.6"), ("b", "all", "0", "0.5"),
     ]  # fmt: skip
     assert [r["relative_error"] for r in rows] == ["-0.4", "-0.4", ""]
+    assert {r["series"] for r in rows} == {"1"}  # no UIDs
     rows = read(tmp_path / "out/masks.csv")
     assert [r["dice"] for r in rows] == ["0.909091", "0", "0", ""]
     summary = json.loads((tmp_path / "out/masks.json").read_text())
