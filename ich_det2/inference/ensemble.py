@@ -14,7 +14,10 @@ from ..files import write_atomically
 from .diagnoser import load_run
 
 _META = "MODEL.META_ARCHITECTURE"
-_NO_DETECTORS = ("EnsembleRCNN", "ImageClassifier", "LevelSetSegmenter", "ThresholdSegmenter")
+_NO_DETECTORS = (
+    *("EnsembleRCNN", "ImageClassifier"),
+    *("DynUNetSegmenter", "LevelSetSegmenter", "ThresholdSegmenter"),
+)
 _SAME = ("INPUT.", "DATASETS.ICH_CLASSES", "MODEL.PIXEL_")
 # Of these, what only a training reads.
 _NOT_SEEN = ("INPUT.AUG.", "INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.RANDOM_FLIP")

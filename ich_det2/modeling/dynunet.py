@@ -192,7 +192,14 @@ class DynUNetSegmenter(nn.Module):
             In training "loss_seg"; else N dicts with "instances" (pred_boxes, scores, pred_classes,
             and pred_masks, bool, of the original slice's size) and "image_score", a tensor without
             dimensions, see :func:`slice_score`.
+
+        Raises:
+            ValueError: if the model is traced, as for ONNX.
         """
+        if torch.jit.is_tracing():  # the lesions of one slice would stand for those of all
+            raise ValueError(
+                f"{type(self).__name__} finds lesions with SciPy, which no graph holds."
+            )
         images = self.preprocess_image(batched_inputs)
         logits = self.network(images.tensor)
         if self.training:

@@ -15,6 +15,7 @@ from ich_det2.engine.config import load_config
 from ich_det2.engine.report import training_facts
 from ich_det2.engine.run_folder import RunFolder
 from ich_det2.evaluation import plots
+from ich_det2.inference.ensemble import combine_runs
 from ich_det2.modeling.dynunet import plan_network
 
 CONFIG = Path(__file__).parents[2] / "configs/dynunet.yaml"
@@ -129,6 +130,8 @@ def test_it_trains_goes_on_and_is_evaluated_and_diagnosed(
     lower = check(cfg_on(root, *weights, "MODEL.DYNUNET.MASK_THRESH_TEST", "0.2"), eval_only=True)
     assert "what_if" in lower.OUTPUT_DIR
 
+    with pytest.raises(ValueError, match="is of a DynUNetSegmenter, expected a detector's run"):
+        combine_runs([out, out], tmp_path / "ensemble")
     diagnosis = ich_det2.diagnose(root / "DICOM", out)
     assert len(diagnosis.slices) == 8
     scores = {Path(s.file).stem: s.score for s in diagnosis.slices}

@@ -219,6 +219,12 @@ def test_values_out_of_range_are_refused(wrong):
         make(**wrong)
 
 
+def test_it_is_not_traced(monkeypatch):
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    with pytest.raises(ValueError, match="finds lesions with SciPy, which no graph holds"):
+        found_on(make(), BLEEDS)
+
+
 def test_without_monai_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs MONAI, .* pip install 'ich_det2\[systems\]'"):
