@@ -51,6 +51,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # Slices on either side that a classifier of sequences (BHCNetLSTM, BHCNetGRU, RADNet) sees in
     # order; at the ends of a series, and at a gap in it, the last slice before stands in. 0: off.
     cfg.INPUT.SEQUENCE_SLICES = 0
+    # Slices, at even distances over the series, of the whole scan that a classifier of scans
+    # (CNN3D) sees; it learns one label a scan, and each slice gets its scan's score. 0: off.
+    cfg.INPUT.SCAN_SLICES = 0
     # Crop slices to the head: a square around the largest part that is neither air nor thin, over
     # all slices of a series, with a margin of 4 % on each side. Boxes are mapped back.
     cfg.INPUT.HEAD_CROP = False
@@ -186,7 +189,7 @@ def add_ich_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER = CN()
     # A name in CLASSIFIER_REGISTRY: LeNet, AlexNet, GoogLeNet, DenseNet121, InceptionV3,
     # InceptionResNetV2, EfficientNetLite0, BHCNet, BHCNetLSTM, BHCNetGRU, GLCMNet, AlexNetSVM,
-    # AutoencoderAlexNetSVM or RADNet.
+    # AutoencoderAlexNetSVM, RADNet or CNN3D.
     cfg.MODEL.CLASSIFIER.NAME = "DenseNet121"
     # Side of the network's square input, pixels; slices are scaled to it by their longer side.
     cfg.MODEL.CLASSIFIER.INPUT_SIZE = 224

@@ -153,11 +153,11 @@ def parse_args(argv=None):
 
 
 def synthetic_batch(
-    size: int, batch: int, seed: int = 0, *, sequence_slices: int = 0
+    size: int, batch: int, seed: int = 0, *, sequence_slices: int = 0, scan_slices: int = 0
 ) -> list[dict]:
     """Images of noise, every other one with two boxes, as half of the slices bleed.
 
-    With ``sequence_slices`` each stands among copies of itself.
+    With ``sequence_slices`` or ``scan_slices`` each stands among copies of itself.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = []
@@ -172,6 +172,8 @@ def synthetic_batch(
         example["image_label"] = int(len(boxes) > 0)
         if sequence_slices:
             example["sequence"] = image.repeat(2 * sequence_slices + 1, 1, 1, 1)
+        if scan_slices:
+            example["scan"] = image.repeat(scan_slices, 1, 1, 1)
         inputs.append(example)
     return inputs
 
@@ -283,7 +285,8 @@ def measure_config(file: Path, size: int, batch: int, steps: int, warmup: int, t
     sizes = np.geomspace(16, 256, cfg.MODEL.ANCHOR_GENERATOR.CLUSTERS.NUM_SIZES)
     cfg.MODEL.ANCHOR_GENERATOR.update(anchor_settings(cfg, Anchors(tuple(sizes), tuple(RATIOS[0]))))
     with EventStorage():
-        inputs = synthetic_batch(size, batch, sequence_slices=cfg.INPUT.SEQUENCE_SLICES)
+        more = {key.lower(): cfg.INPUT[key] for key in ("SEQUENCE_SLICES", "SCAN_SLICES")}
+        inputs = synthetic_batch(size, batch, **more)
         step = TrainStep(cfg, inputs)
         for _ in range(warmup):
             step()

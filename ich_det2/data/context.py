@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .dicom import neighbours
+from .dicom import evenly_spaced, neighbours
 from .pictures import is_picture
 from .tree import VocTree, warn_once
 
@@ -33,24 +33,57 @@ def find_context(tree: VocTree, reach: int, *, by_name: bool = False) -> dict[st
     Raises:
         ValueError: naming an image whose place is not known.
     """
-    places = find_places(tree, tree.images, by_name=by_name)
-    for image, path in tree.images.items():
+    context: dict[str, list[str]] = {}
+    for names, positions in _find_series(tree, tree.images, by_name):
+        table = neighbours(positions, reach)
+        context.update(zip(names, (names[row].tolist() for row in table), strict=True))
+    return context
+
+
+def find_scans(
+    tree: VocTree, images: Iterable[str], count: int, *, by_name: bool = False
+) -> dict[str, list[str]]:
+    """The scan that each image is of: images at even distances over its series.
+
+    Args:
+        tree: to which the images belong.
+        images: ids; of others of the series nothing is taken, so that no list shows another's.
+        count: images of a scan.
+        by_name: see :func:`find_context`.
+
+    Returns:
+        ``count`` image ids by image id, ascending along the slice normal, the same for all of a
+        series.
+
+    Raises:
+        ValueError: naming an image whose place is not known.
+    """
+    scans: dict[str, list[str]] = {}
+    for names, positions in _find_series(tree, images, by_name):
+        scans |= dict.fromkeys(names, names[evenly_spaced(positions, count)].tolist())
+    return scans
+
+
+def _find_series(
+    tree: VocTree, images: Iterable[str], by_name: bool
+) -> Iterator[tuple[np.ndarray, list[float]]]:
+    """The images and positions of each series; all have to be known."""
+    images = list(images)
+    places = find_places(tree, images, by_name=by_name)
+    series: dict[str, list[tuple[str, float]]] = {}
+    for image in images:
         if image not in places:
             raise ValueError(
-                f"{path}: its place in a series is not known, which INPUT.CONTEXT_SLICES and"
-                " INPUT.SEQUENCE_SLICES need;"
+                f"{tree.images[image]}: its place in a series is not known, which"
+                " INPUT.CONTEXT_SLICES, INPUT.SEQUENCE_SLICES and INPUT.SCAN_SLICES need;"
                 " DICOM has Image Position (Patient) (0020,0032), for PNG and JPEG add the columns"
                 f" series and position_mm to patients.csv of {tree.root}."
             )
-    series: dict[str, list[tuple[str, float]]] = {}
-    for image, (uid, position) in places.items():
+        uid, position = places[image]
         series.setdefault(uid, []).append((image, position))
-    context: dict[str, list[str]] = {}
     for members in series.values():
         names = np.array([image for image, _ in members], dtype=object)
-        table = neighbours([position for _, position in members], reach)
-        context.update(zip(names, (names[row].tolist() for row in table), strict=True))
-    return context
+        yield names, [position for _, position in members]
 
 
 def find_places(

@@ -8,7 +8,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from .context import find_context, find_places
+from .context import find_context, find_places, find_scans
 from .crop import find_tree_crops
 from .dicom import check_dicom
 from .masks import encode_mask
@@ -26,6 +26,7 @@ def register_ich_voc(
     classes: Sequence[str] = ("hemorrhage",),
     *,
     context: int = 0,
+    scan: int = 0,
     by_name: bool = False,
     head_crop: bool = False,
     masks: bool = False,
@@ -37,7 +38,7 @@ def register_ich_voc(
         root: folder with ``Annotations/*.xml``, ``DICOM/*.dcm`` or ``JPEGImages/*``,
             ``ImageSets/Main/<split>.txt`` and, if at hand, ``patients.csv``.
         split: name of the list in ``ImageSets/Main``.
-        classes, context, by_name, head_crop, masks: see :func:`load_ich_voc`.
+        classes, context, scan, by_name, head_crop, masks: see :func:`load_ich_voc`.
     """
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
@@ -49,6 +50,7 @@ def register_ich_voc(
             split,
             classes,
             context=context,
+            scan=scan,
             by_name=by_name,
             head_crop=head_crop,
             masks=masks,
@@ -62,6 +64,7 @@ def register_ich_datasets(
     classes: Sequence[str] = ("hemorrhage",),
     *,
     context: int = 0,
+    scan: int = 0,
     by_name: bool = False,
     head_crop: bool = False,
     masks: bool = False,
@@ -79,6 +82,7 @@ def register_ich_datasets(
             split,
             classes,
             context=context,
+            scan=scan,
             by_name=by_name,
             head_crop=head_crop,
             masks=masks,
@@ -91,6 +95,7 @@ def load_ich_voc(
     classes: Sequence[str] = ("hemorrhage",),
     *,
     context: int = 0,
+    scan: int = 0,
     by_name: bool = False,
     head_crop: bool = False,
     masks: bool = False,
@@ -104,6 +109,7 @@ def load_ich_voc(
             names keep the types, and an object of another name is an error.
         context: neighbours on either side, which become channels (INPUT.CONTEXT_SLICES) or a
             sequence (INPUT.SEQUENCE_SLICES).
+        scan: slices of the scan that each slice is shown as a part of (INPUT.SCAN_SLICES).
         by_name: see :func:`find_context`.
         head_crop: see :func:`find_tree_crops` (INPUT.HEAD_CROP).
         masks: also read ``SegmentationObject/`` or ``SegmentationClass/``, see
@@ -116,7 +122,8 @@ def load_ich_voc(
         Detectron2's bitmask format, where the mask is known), ``image_label`` (what
         ``labels.csv`` says, else 1 if there is a box); where the place is known ``series`` and
         ``position_mm``, see :func:`find_places`; with context ``context_files``, pairs of file name
-        and None, see :func:`find_context`; with head_crop ``crop``, where there is a head:
+        and None, see :func:`find_context`; with scan ``scan_files``, such pairs, see
+        :func:`find_scans`; with head_crop ``crop``, where there is a head:
         (x0, y0, x1, y1), pixel edges of the whole slice.
 
     Raises:
@@ -132,6 +139,7 @@ def load_ich_voc(
     tree = VocTree(root)
     image_ids = tree.read_list(split)
     beside = find_context(tree, context, by_name=by_name) if context else {}
+    scans = find_scans(tree, image_ids, scan, by_name=by_name) if scan else {}
     places = find_places(tree, image_ids, by_name=by_name)
     crops = find_tree_crops(tree, image_ids) if head_crop else {}
     dicts = []
@@ -176,6 +184,8 @@ def load_ich_voc(
             dicts[-1]["series"], dicts[-1]["position_mm"] = places[image_id]
         if context:
             dicts[-1]["context_files"] = [(str(tree.images[i]), None) for i in beside[image_id]]
+        if scan:
+            dicts[-1]["scan_files"] = [(str(tree.images[i]), None) for i in scans[image_id]]
         if image_id in crops:
             dicts[-1]["crop"] = crops[image_id]
     _count_cut(dicts)

@@ -1,6 +1,7 @@
 """A slice on disk as the input of a Detectron2 model."""
 
 import copy
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class IchDatasetMapper:
         windows: Sequence[tuple[float, float]],
         context_slices: int = 0,
         sequence_slices: int = 0,
+        scan_slices: int = 0,
         skull_mask: bool = False,
         density: bool = False,
         asymmetry: bool = False,
@@ -50,6 +52,7 @@ class IchDatasetMapper:
             context_slices: slices on either side that are channels of their own, with the slice
                 itself in the middle.
             sequence_slices: slices on either side that "sequence" holds, with the slice itself.
+            scan_slices: slices that "scan" holds.
             skull_mask: blank what lies outside of the skull, see :func:`find_skull`.
             density: the second of the three channels is :func:`density_picture`.
             asymmetry: the third of the three channels is :func:`asymmetry_picture`.
@@ -83,7 +86,15 @@ class IchDatasetMapper:
                 f"INPUT.SEQUENCE_SLICES is {sequence_slices} with INPUT.CONTEXT_SLICES"
                 f" {context_slices}, expected 0 or more, and one of the two at most."
             )
+        if scan_slices < 0 or scan_slices and (context_slices or sequence_slices):
+            raise ValueError(
+                f"INPUT.SCAN_SLICES is {scan_slices} with INPUT.CONTEXT_SLICES {context_slices} and"
+                f" INPUT.SEQUENCE_SLICES {sequence_slices}, expected 0 or more, and one of the"
+                " three at most."
+            )
         self.is_train = is_train
+        self.scan_slices = scan_slices
+        self._scans: dict[tuple, torch.Tensor] = {}
         self.sequence_slices = sequence_slices
         self.context_slices = context_slices
         self.skull_mask = skull_mask
@@ -102,6 +113,7 @@ class IchDatasetMapper:
             "windows": cfg.INPUT.WINDOWS,
             "context_slices": cfg.INPUT.CONTEXT_SLICES,
             "sequence_slices": cfg.INPUT.SEQUENCE_SLICES,
+            "scan_slices": cfg.INPUT.SCAN_SLICES,
             "skull_mask": cfg.INPUT.SKULL_MASK,
             "density": cfg.INPUT.DENSITY,
             "asymmetry": cfg.INPUT.ASYMMETRY,
@@ -179,6 +191,38 @@ class IchDatasetMapper:
                     slices[i] = beside
         return slices
 
+    def _map_scan(
+        self, dataset_dict: dict, size: tuple[int, int], transforms: T.TransformList
+    ) -> torch.Tensor:
+        """The slices of a scan, float32 (scan_slices, 3, H, W), transformed alike. One of another
+        size (H, W) than the transformed slice was is scaled to it."""
+        files = dataset_dict.pop("scan_files", None)
+        if files is None or len(files) != self.scan_slices:
+            raise ValueError(
+                f"{dataset_dict['file_name']}: INPUT.SCAN_SLICES is {self.scan_slices}, but it is"
+                " not known of which scan it is: give DICOM with Image Position (Patient), or"
+                " pictures in a VOC tree whose patients.csv has the column position_mm, and"
+                f" register them by register_ich_voc(..., scan={self.scan_slices})."
+            )
+        # The slices of a scan ask for it one after another, and a file may change in between.
+        stats = [os.stat(path) for path, _ in files]
+        versions = ((str(path), frame) for path, frame in files)
+        crop = dataset_dict.get("crop")
+        key = (*versions, *((s.st_mtime_ns, s.st_size) for s in stats), size, crop and tuple(crop))
+        scan = None if self.is_train else self._scans.get(key)
+        if scan is None:
+            slices = {}
+            for path, frame in files:
+                if (path, frame) not in slices:
+                    image, _ = self._read_channels(path, frame)
+                    if image.shape[:2] != size:
+                        image = T.ResizeTransform(*image.shape[:2], *size).apply_image(image)
+                    slices[path, frame] = _as_tensor(transforms.apply_image(image))
+            scan = torch.stack([slices[path, frame] for path, frame in files])
+        if not self.is_train:
+            self._scans = {key: scan}
+        return scan
+
     def __call__(self, dataset_dict: dict) -> dict:
         """
         Args:
@@ -189,9 +233,9 @@ class IchDatasetMapper:
         Returns:
             A copy with "image", float32 (3, H, W) in 0..255, or (2 ``context_slices`` + 1, H, W),
             the slices before, itself and those after; with ``sequence_slices`` "sequence", float32
-            (2 ``sequence_slices`` + 1, 3, H, W); all slices are transformed alike. In training
-            "instances". "height" and "width" are those of
-            the whole slice, to which ``uncrop`` maps boxes back.
+            (2 ``sequence_slices`` + 1, 3, H, W); with ``scan_slices`` "scan", float32
+            (``scan_slices``, 3, H, W); all slices are transformed alike. In training "instances".
+            "height" and "width" are those of the whole slice, to which ``uncrop`` maps boxes back.
 
         Raises:
             ValueError: naming the file, if it cannot be read.
@@ -227,6 +271,8 @@ class IchDatasetMapper:
             dataset_dict["sequence"] = torch.stack(slices)
         elif self.context_slices:
             dataset_dict["image"] = torch.cat([s[:1] for s in slices])
+        if self.scan_slices:
+            dataset_dict["scan"] = self._map_scan(dataset_dict, image.shape[:2], transforms)
 
         if self.is_train and annotations is not None:
             dataset_dict["instances"] = self._instances(

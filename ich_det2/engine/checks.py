@@ -61,6 +61,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "INPUT.MAX_SIZE_TRAIN": (1, _INF),
     "INPUT.MIN_SIZE_TEST": (0, _INF),
     "INPUT.MAX_SIZE_TEST": (1, _INF),
+    "INPUT.SCAN_SLICES": (0, _INF),
     "INPUT.AUG.SHIFT": (0, 1),
     "INPUT.AUG.SCALE": (0, _INF),
     "INPUT.AUG.ROTATE": (0, 180),

@@ -170,8 +170,9 @@ def _derives(cfg: CfgNode, architecture: type | tuple[type, ...]) -> bool:
 
 def context_settings(cfg: CfgNode) -> dict:
     """Which neighbours the mapper asks for, as arguments of :func:`find_slices`."""
-    sequence = cfg.INPUT.SEQUENCE_SLICES
-    return {"context": sequence or cfg.INPUT.CONTEXT_SLICES, "by_name": sequence > 0}
+    sequence, scan = cfg.INPUT.SEQUENCE_SLICES, cfg.INPUT.SCAN_SLICES
+    by_name = sequence > 0 or scan > 0
+    return {"context": sequence or cfg.INPUT.CONTEXT_SLICES, "scan": scan, "by_name": by_name}
 
 
 def dataset_settings(cfg: CfgNode) -> dict:

@@ -132,9 +132,12 @@ def _model(cfg: CfgNode) -> str:
     model = cfg.MODEL
     if is_classifier(cfg):
         classifier = model.CLASSIFIER
+        sees = f"{cfg.INPUT.SEQUENCE_SLICES} slices beside on either side"
+        if scan := cfg.INPUT.SCAN_SLICES:
+            sees = f"{scan} slices of the whole scan, whose score each of its images gets"
         return (
             f"{model.META_ARCHITECTURE}, {classifier.NAME} at {classifier.INPUT_SIZE} pixels with"
-            f" {cfg.INPUT.SEQUENCE_SLICES} slices beside on either side; a positive image weighs"
+            f" {sees}; a positive image weighs"
             f" {classifier.POS_WEIGHT:g} in the loss; an image is positive if its probability is at"
             " least the threshold."
         )

@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from collections import defaultdict
 
 from detectron2.data import (
     DatasetCatalog,
@@ -144,7 +145,7 @@ class IchTrainer(DefaultTrainer):
         dataset = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
-        dataset = without_unlearnable(cfg, dataset)
+        dataset = one_a_scan(cfg, without_unlearnable(cfg, dataset))
         dataset = expand_dataset(
             dataset,
             cfg.INPUT.AUG.EXPAND,
@@ -299,6 +300,24 @@ def without_unlearnable(cfg, dataset: list[dict]) -> list[dict]:
             len(dataset) - len(kept),
         )
     return kept
+
+
+def one_a_scan(cfg, dataset: list[dict]) -> list[dict]:
+    """Of each scan its first slice alone, labelled by whether any bleeds, where scans are trained.
+
+    Args:
+        cfg: config of the training.
+        dataset: dataset dicts, with "scan_files".
+    """
+    if not cfg.INPUT.SCAN_SLICES:
+        return dataset
+    scans = defaultdict(list)
+    for d in dataset:
+        scans[tuple(d.get("scan_files", d["file_name"]))].append(d)
+    return [
+        {**of[0], "image_label": int(any(d.get("image_label", d["annotations"]) for d in of))}
+        for of in scans.values()
+    ]
 
 
 class _Evaluators(DatasetEvaluators):

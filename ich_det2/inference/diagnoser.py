@@ -293,12 +293,13 @@ class Diagnoser:
             yield s, crops.get((os.fspath(s.path), s.frame))
 
     def _read(self, entry: Slice, crop: Box | None) -> dict | ValueError:
-        context = entry.context_files
+        others = {"context_files": entry.context_files, "scan_files": entry.scan_files}
         inputs = {"file_name": os.fspath(entry.path), "frame": entry.frame, "crop": crop}
         try:
-            return self.mapper(inputs | {"context_files": context})
+            return self.mapper(inputs | others)
         except Exception as error:  # decoders answer damage with many kinds of errors
-            return ValueError(_reason(error, entry.path, *(Path(path) for path, _ in context)))
+            paths = (Path(path) for files in others.values() for path, _ in files)
+            return ValueError(_reason(error, entry.path, *paths))
 
     def _detect(self, items: Sequence[dict | ValueError]) -> Iterator[Detections | ValueError]:
         inputs = [x for x in items if isinstance(x, dict)]

@@ -58,6 +58,8 @@ def export_onnx(model: str | os.PathLike, path: str | os.PathLike, exam=None) ->
     diagnoser = Diagnoser.load(model, device="cpu")
     if getattr(getattr(diagnoser.model, "roi_heads", None), "mask_on", False):
         diagnoser.model.roi_heads.mask_on = False
+    if diagnoser.mapper.sequence_slices or diagnoser.mapper.scan_slices:
+        raise ValueError(f'{model}: reads several slices, expected a model of one "image".')
     inputs = list(_inputs(diagnoser, exam))
     if not inputs:
         raise ValueError(

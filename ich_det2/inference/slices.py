@@ -21,6 +21,7 @@ from ..data.dicom import (
     CTFile,
     CTSeries,
     Identity,
+    evenly_spaced,
     group_patients,
     group_series,
     is_dicom,
@@ -56,6 +57,8 @@ class Slice:
         context_files: file and frame of the slices before, this one and those after; empty if it is
             not known where the slice lies.
         position_mm: along the slice normal; NaN if it is not known.
+        scan_files: file and frame of slices at even distances over the series, if they are asked
+            for; empty as ``context_files``.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class Slice:
     frame: int | None = None
     context_files: tuple[tuple[str, int | None], ...] = ()
     position_mm: float = math.nan
+    scan_files: tuple[tuple[str, int | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,7 @@ def find_slices(
     identify: bool = False,
     any_body_part: bool = False,
     context: int = 1,
+    scan: int = 0,
     by_name: bool = False,
 ) -> Found:
     """Finds the CT slices in files and folders; reads headers, and pixels only of images that may
@@ -191,6 +196,7 @@ def find_slices(
         identify: keep names and IDs of patients and UIDs in names of files and in texts.
         any_body_part: whatever Body Part Examined says.
         context: neighbours on either side in ``context_files``.
+        scan: slices in ``scan_files``.
         by_name: as in ``data.context.find_context``.
 
     Raises:
@@ -205,7 +211,7 @@ def find_slices(
         raise ValueError(_nothing_found(inputs, [s for s in sources if s.fault]))
     _attribute_losses(sources)
     patients = _number_patients(sources)
-    slices = _number_slices(series, sources, patients, context, by_name)
+    slices = _number_slices(series, sources, patients, context, scan, by_name)
     remove = None if identify else _remover(sources)
     slices, skipped = _rename(slices, sources, patients, remove)
     noticed = _describe(series, slices, sources, patients, warnings)
@@ -367,6 +373,7 @@ def _number_slices(
     sources: Sequence[_Source],
     patients: dict[tuple, str],
     context: int,
+    scan: int,
     by_name: bool,
 ) -> dict[tuple[Path, int | None], Slice]:
     """The slices by file and frame, still named as their files are."""
@@ -377,12 +384,14 @@ def _number_slices(
         positions = s.positions_mm
         if by_name and np.isnan(positions).all():
             positions = [last_number(path.stem) for path in s.files]
-        beside, places = [[]] * len(entries), [math.nan] * len(entries)
+        beside, places, of_scan = [[]] * len(entries), [math.nan] * len(entries), ()
         if not np.isnan(positions).any():
             # Pictures may be named in any order.
             entries = [entries[i] for i in np.argsort(positions, kind="stable")]
             places = sorted(positions)
             beside = neighbours(places, context)
+            of_scan = evenly_spaced(places, scan) if scan else ()
+        scan_files = tuple((os.fspath(entries[i][0]), entries[i][1]) for i in of_scan)
         for index, (path, frame) in enumerate(entries):
             slices[path, frame] = Slice(
                 path=path,
@@ -397,6 +406,7 @@ def _number_slices(
                     (os.fspath(entries[i][0]), entries[i][1]) for i in beside[index]
                 ),
                 position_mm=places[index],
+                scan_files=scan_files,
             )
     return slices
 

@@ -9,6 +9,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
     from .backbone import TimmBackbone, TorchvisionBackbone
     from .classifier import ImageClassifier
     from .classifier_networks import CLASSIFIER_REGISTRY
+    from .cnn3d import CNN3D
     from .diagnosis_rcnn import DiagnosisRCNN
     from .dynunet import DynUNetSegmenter
     from .ensemble import EnsembleRCNN
@@ -30,6 +31,7 @@ if importlib.util.find_spec("detectron2") is not None:  # `modeling.cost` does w
 __all__ = [
     "ANCHOR_SAMPLER_REGISTRY",
     "CLASSIFIER_REGISTRY",
+    "CNN3D",
     "SVM",
     "AdaptiveRatioSampler",
     "AlexNetSVM",

@@ -42,8 +42,11 @@ class ImageClassifier(nn.Module):
             pos_weight: weight of a slice with hemorrhage in the loss.
         """
         super().__init__()
+        self.takes_scan = getattr(network, "takes_scan", False)
         # Convolutions on the CPU, and mixed precision on a GPU, are faster that way.
-        self.network = network.to(memory_format=torch.channels_last)
+        last = torch.channels_last_3d if self.takes_scan else torch.channels_last
+        self.network = network.to(memory_format=last)
+        self._last_scan = (None, None)  # of which the score is known, and that
         self.input_size = input_size
         self.takes_sequence = getattr(network, "takes_sequence", False)
         self.takes_maps = getattr(network, "takes_maps", False)
@@ -69,7 +72,8 @@ class ImageClassifier(nn.Module):
         """
         Args:
             batched_inputs: N dicts with "image", (C, Hi, Wi) in 0..255, or, for a network that
-                takes sequences, "sequence", (T, C, Hi, Wi); in training "image_label", 0 or 1,
+                takes sequences, "sequence", (T, C, Hi, Wi), or one that takes scans, "scan",
+                (D, C, Hi, Wi); in training "image_label", 0 or 1,
                 and, for a network that takes lesion maps, "instances".
 
         Returns:
@@ -77,6 +81,8 @@ class ImageClassifier(nn.Module):
             itself gives; else N dicts with "image_score",
             the probability of hemorrhage, a tensor without dimensions.
         """
+        if self.takes_scan and not self.training:
+            return [{"image_score": self._score_scan(x)} for x in batched_inputs]
         given = [self.preprocess_image(batched_inputs)]
         if self.training and self.takes_maps:
             given.append(self.lesion_maps(batched_inputs))
@@ -88,6 +94,18 @@ class ImageClassifier(nn.Module):
         labels = logits.new_tensor([x["image_label"] for x in batched_inputs])
         loss = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=self.pos_weight)
         return {"loss_cls": loss, **losses}
+
+    def _score_scan(self, x: dict) -> torch.Tensor:
+        # The slices of a scan bring it one after another.
+        scan, score = self._last_scan
+        if scan is None or not torch.equal(scan, x["scan"]):
+            score = self.network(self.preprocess_image([x])).float().sigmoid()[0, 0]
+            self._last_scan = (x["scan"], score)
+        return score
+
+    def train(self, mode: bool = True) -> "ImageClassifier":
+        self._last_scan = (None, None)  # weights may have changed
+        return super().train(mode)
 
     @property
     def needs_fit(self) -> bool:
@@ -106,9 +124,9 @@ class ImageClassifier(nn.Module):
         """Scales, pads and normalizes; a slice comes out the same whatever is beside it.
 
         Returns:
-            (N, C, S, S) or (N, T, C, S, S).
+            (N, C, S, S), (N, T, C, S, S) or (N, D, C, S, S).
         """
-        key = "sequence" if self.takes_sequence else "image"
+        key = "scan" if self.takes_scan else "sequence" if self.takes_sequence else "image"
         images = [self._resize(x[key].to(self.device)) for x in batched_inputs]
         square = {"square_size": self.input_size}
         batch = ImageList.from_tensors(images, padding_constraints=square).tensor

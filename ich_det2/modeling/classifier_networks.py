@@ -20,6 +20,8 @@ S, or as ``obj(cfg)`` where it has ``from_config``, and must give a module that 
 logits (N, 1), or, where its attribute ``takes_sequence`` is true, (N, T, 3, S, S) to the logits of
 the middle slices. For images of C channels other than 3 its first convolution is adapted.
 
+Where its attribute ``takes_scan`` is true it maps scans (N, D, 3, S, S) to their logits.
+
 In training it may give ``(logits, losses)``, losses by name, which are added, and where its
 attribute ``takes_maps`` is true it then gets :meth:`ImageClassifier.lesion_maps` too.
 
@@ -34,7 +36,8 @@ def build_classifier_network(cfg) -> nn.Module:
 
     Raises:
         ValueError: if there is none of that name, the input is too small for it or of other
-            channels, or it takes sequences and ``INPUT.SEQUENCE_SLICES`` gives none.
+            channels, or it takes sequences or scans and ``INPUT.SEQUENCE_SLICES`` or
+            ``INPUT.SCAN_SLICES`` gives none.
     """
     name = cfg.MODEL.CLASSIFIER.NAME
     if name not in CLASSIFIER_REGISTRY:
@@ -50,6 +53,11 @@ def build_classifier_network(cfg) -> nn.Module:
         raise ValueError(
             f"MODEL.CLASSIFIER.NAME is '{name}', which reads neighbouring slices in order, but"
             f" INPUT.SEQUENCE_SLICES is {cfg.INPUT.SEQUENCE_SLICES}; expected 1 or more."
+        )
+    if getattr(network, "takes_scan", False) and cfg.INPUT.SCAN_SLICES < 1:
+        raise ValueError(
+            f"MODEL.CLASSIFIER.NAME is '{name}', which reads whole scans, but INPUT.SCAN_SLICES is"
+            f" {cfg.INPUT.SCAN_SLICES}; expected 1 or more."
         )
     return network
 

@@ -124,6 +124,7 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     "MODEL.SEGMENTER.ITERATIONS": {_META: _of(LevelSetSegmenter)},
     "MODEL.SEGMENTER.AREA": {_META: _of(LevelSetSegmenter)},
     "MODEL.DYNUNET.": {_META: _of(DynUNetSegmenter)},
+    "INPUT.SCAN_SLICES": {_CLASSIFIER: lambda part: getattr(part, "takes_scan", False)},
     "INPUT.SEQUENCE_SLICES": {_CLASSIFIER: lambda part: getattr(part, "takes_sequence", False)},
 }
 

@@ -141,6 +141,8 @@ class LesionSegmenter(nn.Module):
 
     def _segment(self, image: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """The lesions of a slice, bool (M, Hi, Wi), and their measures."""
+        if torch.jit.is_tracing():  # the lesions of one slice would stand for those of all
+            raise ValueError("Lesions are found without PyTorch, which no graph holds.")
         hu = self.low_hu + self.hu_per_grey * image[0].cpu().numpy()
         brain, head = find_brain(hu), head_area(hu)
         density = density_above_brain(hu, brain)

@@ -3,9 +3,11 @@
 import csv
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from pydicom import dcmread
 from torch import nn
 
@@ -14,6 +16,7 @@ from ich_det2.engine.checkpoint import load_trained
 from ich_det2.engine.checks import check_config
 from ich_det2.engine.config import differences
 from ich_det2.engine.run_folder import RunFolder
+from ich_det2.engine.trainer import one_a_scan
 from ich_det2.inference.diagnoser import Diagnoser
 from ich_det2.inference.slices import find_slices
 from ich_det2.modeling import CLASSIFIER_REGISTRY, SVM
@@ -30,7 +33,7 @@ CONFIGS = (
     *("lenet", "alexnet", "googlenet", "densenet121", "inception_resnet_v2"),
     *("effnet_lite0", "bhcnet", "bhcnet_lstm", "bhcnet_gru"),
     *("inception_v3_windows", "densenet121_windows", "glcm"),
-    *("alexnet_svm", "autoencoder_alexnet_svm", "radnet"),
+    *("alexnet_svm", "autoencoder_alexnet_svm", "radnet", "cnn3d"),
 )
 
 
@@ -256,3 +259,36 @@ def test_diagnosis_of_files_gives_the_scores_of_the_evaluation(
     expected = scores_of(out / "inference/ich_test")
     assert {image: found[image].score for image in expected} == pytest.approx(expected, rel=1e-4)
     assert all(len(d.boxes) == 0 and d.size == (48, 64) for d in found.values())
+
+
+def test_a_scan_gets_one_score_in_evaluation_and_diagnosis(
+    make_cfg, tmp_path, monkeypatch, no_plots
+):
+    cfg = make_cfg("cnn3d", "INPUT.SCAN_SLICES", "3", kind="dicom")
+    monkeypatch.setattr("ich_det2.engine.trainer.write_reports", lambda *args: None)
+    trainer = train(cfg)
+    out = tmp_path / "out"
+    (out / "config.yaml").write_text(cfg.dump())
+    trainer.test_best()
+    expected = scores_of(out / "inference/ich_test")
+    assert len(expected) == 2 and len({*expected.values()}) == 1
+    model = Diagnoser.load(out)
+    files = [tmp_path / f"tree/DICOM/{image}.dcm" for image in expected]
+    slices = find_slices(files, **model.context).slices
+    found = [d.score for d in model(slices)]
+    assert found == pytest.approx([*expected.values()], rel=1e-4)
+    lost = [replace(s, scan_files=()) for s in slices]  # as of slices whose place is not known
+    assert all("not known of which scan it is" in str(error) for error in model(lost))
+
+
+def test_a_scan_is_drawn_once_an_epoch_and_bleeds_if_any_slice_does(make_cfg):
+    cfg = make_cfg("cnn3d", "SOLVER.IMS_PER_BATCH", "1")
+    dataset = DatasetCatalog.get("ich_train")
+    assert [d["image_label"] for d in dataset] == [1, 0, 1, 0]
+    healthy = [{**d, "image_label": 0, "scan_files": [("x", None)]} for d in dataset[1::2]]
+    scans = one_a_scan(cfg, [*dataset[1:], *healthy])
+    assert [(d["image_id"], d["image_label"]) for d in scans] == [("b2", 1), ("b2", 0)]
+    (batch,) = next(iter(IchTrainer.build_train_loader(cfg)))
+    assert batch["image_label"] == 1 and batch["scan"].shape == (24, 3, 64, 85)
+    cfg.INPUT.SCAN_SLICES = 0
+    assert one_a_scan(cfg, dataset) is dataset

@@ -13,6 +13,8 @@ from ich_det2.engine.report import _model
         ("frcnn_effnet_lite0.yaml", (), "RPN, StandardROIHeads; anchors", "alpha"),
         ("frcnn_r50.yaml", ("MODEL.META_ARCHITECTURE", "RetinaNet"), "RetinaNet, build", "RPN"),
         ("classifier_lenet.yaml", (), "ImageClassifier, LeNet", "alpha"),
+        ("classifier_cnn3d.yaml", (), "with 24 slices of the whole scan", "beside"),
+        ("threshold.yaml", (), "'THRESHOLD_HU': 20.0", "anchors"),
     ],
 )
 def test_settings_that_no_part_reads_are_not_told_as_used(tiny_cfg, config, opts, said, unsaid):

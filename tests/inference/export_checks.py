@@ -107,6 +107,18 @@ def test_a_graph_that_answers_otherwise_is_not_written(run_dir, tmp_path, monkey
     assert list(tmp_path.glob("*.onnx*")) == [] and list(tmp_path.glob(".*tmp")) == []
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("classifier_cnn3d.yaml", "reads several slices"),
+        ("threshold.yaml", "cannot be traced as one graph"),
+    ],
+)
+def test_what_no_graph_of_one_slice_holds_is_refused(write_run, tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        export_onnx(write_run(config=config), tmp_path / "model.onnx")
+
+
 def test_what_is_missing_is_named(run_dir, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         export_onnx(run_dir, tmp_path / "model.onnx", tmp_path / "no-exam")

@@ -57,6 +57,8 @@ PARAMETERS = {
     + 16
     + 1,
     "GLCMNet": BHCNET + TEXTURE + 64,
+    # 27 weights between each two channels of 3, 16, 32, 64, 64 and 64, norms, 128 units, a logit.
+    "CNN3D": 27 * (48 + 512 + 2048 + 4096 + 4096) + 2 * 240 + 129 * 128 + 129,
 }
 SMALL = {
     "LeNet": 32,
@@ -171,6 +173,7 @@ def test_gradients_reach_all_parameters(make, name):
     size = SMALL.get(name, 64)
     model = make(name, size)
     key, frames = ("sequence", (3,)) if model.takes_sequence else ("image", ())
+    key, frames = ("scan", (9,)) if model.takes_scan else (key, frames)
     losses = model(inputs(1, 0, shape=(*frames, 3, size, size), key=key))
     sum(losses.values()).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -187,6 +190,33 @@ def test_the_order_of_the_neighbours_matters(make, name):
     assert scores[0] == pytest.approx(scores[2]) and abs(scores[0] - scores[1]) > 1e-5
 
 
+def test_a_scan_is_scored_once_for_all_its_slices(make, monkeypatch):
+    model = make("CNN3D").eval()
+    first, second = inputs(1, 0, shape=(5, 3, 40, 32), key="scan")
+    network, seen = model.network.forward, []
+    monkeypatch.setattr(model.network, "forward", lambda x: seen.append(x) or network(x))
+    with torch.no_grad():
+        batch = [first, first | {"scan": first["scan"].clone()}, second, second]
+        scores = [y["image_score"].item() for y in model(batch)]
+        assert [x.shape for x in seen] == 2 * [(1, 5, 3, 32, 32)]
+        assert scores[0] == scores[1] != scores[2] == scores[3]
+        assert model([second])[0]["image_score"] == scores[2] and len(seen) == 2
+        model.network.output.bias += 1  # as a training does between two evaluations
+        moved = model.train().eval()([second])[0]["image_score"]
+        before = torch.tensor(scores[2]).logit().item()
+        assert moved.logit().item() == pytest.approx(1 + before, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_slices", [1, 3, 24])
+def test_a_scan_may_have_any_number_of_slices_whose_order_matters(make, num_slices):
+    network = make("CNN3D").eval().network
+    x = torch.randn(2, num_slices, 3, 32, 32)
+    with torch.no_grad():
+        logits, turned = network(x), network(x.flip(1))
+    assert logits.shape == (2, 1)
+    assert torch.allclose(logits, turned, atol=1e-6) == (num_slices == 1)
+
+
 def test_the_output_is_that_of_the_middle_slice():
     network = BHCNetGRU(32).eval()
     x = torch.randn(2, 3, 3, 32, 32)
@@ -200,6 +230,7 @@ def test_the_output_is_that_of_the_middle_slice():
     [
         (("MODEL.CLASSIFIER.NAME", "LeNet5"), r"'LeNet5'.*registered classifiers are \['AlexNet'"),
         (("MODEL.CLASSIFIER.NAME", "BHCNetGRU"), "INPUT.SEQUENCE_SLICES is 0; expected 1 or more"),
+        (("MODEL.CLASSIFIER.NAME", "CNN3D"), "INPUT.SCAN_SLICES is 0; expected 1 or more"),
         (("MODEL.CLASSIFIER.INPUT_SIZE", "62"), "INPUT_SIZE is 62, expected at least 63 pixels"),
     ],
 )

@@ -35,6 +35,7 @@ def test_a_train_step_is_measured_against_stock(tool, capsys, monkeypatch):
 def test_each_config_is_measured_in_a_process_of_its_own(tmp_path):
     # The script itself, since the processes it spawns import it again.
     names = ("csfrcnn_r50_fpn", "frcnn_effnet_lite0", "classifier_bhcnet_gru")
+    names += ("classifier_cnn3d",)
     files = [tmp_path / f"{name}.yaml" for name in names]
     for file, base in zip(files, names):
         file.write_text(f"_BASE_: {ROOT}/configs/{base}.yaml\n")
@@ -46,12 +47,12 @@ def test_each_config_is_measured_in_a_process_of_its_own(tmp_path):
     assert "1 threads" in lines[0] and "1 x 64 px" in lines[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:]]
     assert [row[0] for row in rows] == [file.name for file in files]
-    fpn, lite0, gru = rows
+    fpn, lite0, gru, cnn3d = rows
     # ResNet50 has 23.5 million, FPN 3.3, the box head 13.9, the RPN 0.6.
     assert float(fpn[1]) == pytest.approx(41.3, abs=0.2)
     # Parameters, gradients and momentum, and no memory of the bigger network before.
     assert float(fpn[5]) > float(lite0[5]) + 3 * 36e6 * 4 / 2**30
-    assert float(gru[1]) == pytest.approx(0.3, abs=0.06)
+    assert float(gru[1]) == float(cnn3d[1]) == pytest.approx(0.3, abs=0.06)
     assert 0 < float(lite0[3]) <= float(lite0[2]) and float(lite0[4]) > 0
 
 

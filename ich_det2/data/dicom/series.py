@@ -358,6 +358,25 @@ def neighbours(positions_mm: Sequence[float], reach: int = 1) -> np.ndarray:
     return table
 
 
+def evenly_spaced(positions_mm: Sequence[float], count: int) -> np.ndarray:
+    """Slices at even distances over a series, for a scan of a fixed number of slices.
+
+    The length of the series is cut into ``count`` equal parts; the slice that lies nearest to the
+    middle of each is taken, so one slice may be taken more than once, or none.
+
+    Args:
+        positions_mm: of N slices along the normal, in any order, N at least 1.
+        count: D, at least 1.
+
+    Returns:
+        int (D,), indices into ``positions_mm``, ascending along the normal.
+    """
+    positions = np.asarray(positions_mm, dtype=float)
+    low, high = positions.min(), positions.max()
+    middles = low + (np.arange(count) + 0.5) * (high - low) / count
+    return np.abs(positions - middles[:, None]).argmin(axis=1)
+
+
 def _repeats(files: Sequence[CTFile]) -> Iterator[tuple[Path, Path]]:
     """Pairs of a file and the first one that holds the same images."""
     alike: dict[tuple, list[CTFile]] = defaultdict(list)
