@@ -57,7 +57,7 @@ def build_segmentations(study: StudyDiagnosis) -> Iterator[Segmentation]:
         except (AttributeError, KeyError, ValueError) as error:
             raise ValueError(
                 "a segmentation needs images that say where they lie (Frame of Reference UID,"
-                f" Image Position and Orientation (Patient)); {error}."
+                f" Image Position and Orientation (Patient)); {str(error).rstrip('.')}."
             ) from error
         _fix_dimension_uid(built, study.uid("seg", "dimensions", number))
         yield built
