@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from ..data.mapper import IchDatasetMapper
+from ..evaluation.mask_evaluator import read_summary
 from ..evaluation.operating_point import OperatingPoint
 from ..evaluation.predictions import read_predictions
 from ..evaluation.report import Model, ReadImage, write_report
@@ -53,6 +54,7 @@ def write_reports(
             facts=training_facts(cfg, trained),
             history=trained.read_history(),
             training=trained.read_metrics(),
+            masks=read_summary(inference),
             differs=differs or {},
         )
         write_report(

@@ -34,8 +34,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from ..evaluation.evaluator import DIAGNOSIS
-from ..evaluation.mask_evaluator import MASK_METRICS
-from ..evaluation.mask_evaluator import SUMMARY as MASK_SUMMARY
+from ..evaluation.mask_evaluator import MASK_METRICS, read_summary
 from ..evaluation.operating_point import OperatingPoint
 from ..files import sha256, write_atomically, write_json
 from ..version import __version__
@@ -193,10 +192,11 @@ class RunFolder:
                 for key, value in named:
                     name = "/".join(filter(None, (split, level, key)))
                     results[name] = math.nan if value is None else value
-        for path in sorted((self.path / _INFERENCE).glob(f"*/{MASK_SUMMARY}")):
-            split, found = path.parent.name.removeprefix("ich_"), _read_json(path)
-            for key in MASK_METRICS:
-                results[f"{split}/masks/{key}"] = math.nan if found[key] is None else found[key]
+        for folder in sorted((self.path / _INFERENCE).glob("*/")):
+            found = read_summary(folder) or {}
+            for key in MASK_METRICS if found else ():
+                name = f"{folder.name.removeprefix('ich_')}/masks/{key}"
+                results[name] = math.nan if found[key] is None else found[key]
         return results
 
     # ---- a training --------------------------------------------------------------------------

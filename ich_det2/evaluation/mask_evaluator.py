@@ -4,6 +4,7 @@ Shape glossary: H x W a slice, D predicted instances.
 """
 
 import itertools
+import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -188,6 +189,12 @@ class MaskEvaluator(DatasetEvaluator):
         why = {} if volumes else {"note": "volumes are not known: no pixel spacing or positions"}
         content = {"threshold": self.threshold, **counts, **summary, **why}
         write_json(self.output_dir / SUMMARY, content)
+
+
+def read_summary(folder: Path) -> dict | None:
+    """What an evaluation left in ``masks.json``; None if it had no masks."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def is_known(dataset_dict: dict) -> bool:

@@ -43,6 +43,7 @@ class Model:
         facts: what the training run answers of the checklists, by ``checklist``'s names.
         history: the validations in training, rows with "iteration".
         training: the training's scalars, likewise.
+        masks: how its masks agree with the true ones, as :class:`MaskEvaluator` summarizes it.
         differs: of a what-if, config key -> value that the model was trained with, and here.
     """
 
@@ -53,6 +54,7 @@ class Model:
     facts: dict[str, str] = field(default_factory=dict)
     history: Sequence[dict] = ()
     training: Sequence[dict] = ()
+    masks: Mapping | None = None
     differs: Mapping[str, tuple[object, object]] = field(default_factory=dict)
 
 
@@ -126,6 +128,7 @@ def _entry(model: Model) -> dict:
         "operating_point": point,
         "alternatives": _alternatives(model),
         "analysis": analysis,
+        "masks": model.masks,
         **worst_cases(model.predictions, model.settings.operating_threshold),
         "checklist": [asdict(item) for item in checklist(model.facts | facts_of(analysis, point))],
     }

@@ -74,7 +74,10 @@ def test_it_trains_goes_on_and_is_evaluated(train, phantom_tree, tmp_path):
     assert len(true) == 2 and max(true) > 0.1  # of a patient who bleeds and one who does not
     boxes = json.loads((folder / "coco_instances_results.json").read_text())
     assert boxes and all(decode_mask(box["segmentation"]).shape == (64, 64) for box in boxes)
-    assert (folder / "report.html").is_file()
+    (model,) = json.loads((folder / "report.json").read_text())["models"]
+    assert model["masks"] == json.loads((folder / "masks.json").read_text())
+    page = (folder / "report.html").read_text()
+    assert "<h2>Masks</h2>" in page and f"{model['masks']['types']['all']['true_ml']:.2f}" in page
 
 
 def test_a_box_without_a_mask_is_trained_on_by_the_head_that_knows(train, phantom_tree, tmp_path):
