@@ -20,7 +20,8 @@ def set_input_channels(network: nn.Module, channels: int) -> None:
     Raises:
         ValueError: if the first convolution takes neither 3 nor C channels.
     """
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    kinds = nn.Conv2d, nn.Conv3d
+    first = next((m for m in network.modules() if isinstance(m, kinds)), None)
     if first is None or first.in_channels == channels:
         return
     if first.in_channels != RGB:
@@ -29,7 +30,9 @@ def set_input_channels(network: nn.Module, channels: int) -> None:
             f" MODEL.PIXEL_MEAN has {channels} values; give as many."
         )
     first.in_channels = channels
-    first.weight = nn.Parameter(adapt_input_conv(channels, first.weight.detach()))
+    weight = first.weight.detach()
+    flat = adapt_input_conv(channels, weight.flatten(2)[..., None])  # of any number of axes
+    first.weight = nn.Parameter(flat.reshape(-1, channels, *weight.shape[2:]))
 
 
 def adapt_input_weights(state: dict, channels: int) -> None:

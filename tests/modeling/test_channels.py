@@ -38,7 +38,10 @@ def test_a_classifier_takes_images_of_so_many_channels(tiny_cfg, name, channels)
     opts = ("MODEL.CLASSIFIER.NAME", name, "MODEL.CLASSIFIER.INPUT_SIZE", 96)
     model = model_of(tiny_cfg, "classifier_lenet.yaml", channels, *opts, "INPUT.SEQUENCE_SLICES", 1)
     image = 255 * torch.rand(channels, 64, 64)
-    slices = [{"image": x, "sequence": torch.stack([x] * 3)} for x in (image, 255 - image)]
+    slices = [
+        {"image": x, **dict.fromkeys(("sequence", "scan"), torch.stack([x] * 3))}
+        for x in (image, 255 - image)
+    ]
     if model.needs_fit:
         model.fit(model.embed(slices), torch.tensor([1, 0]))
     (found,) = model(slices[:1])
@@ -56,11 +59,12 @@ def test_three_channels_are_torchvisions_network_bit_for_bit():
     assert all(torch.equal(v, stock[k]) for k, v in layers.state_dict().items())
 
 
-def test_the_first_convolution_keeps_its_answer_to_grey():
+@pytest.mark.parametrize("conv", [nn.Conv2d, nn.Conv3d])
+def test_the_first_convolution_keeps_its_answer_to_grey(conv):
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1))
-    grey = torch.rand(1, 1, 8, 8)
-    expected = network(grey.expand(-1, 3, -1, -1))
+    network = nn.Sequential(conv(3, 4, 3, padding=1), conv(4, 2, 1))
+    grey = torch.rand(1, 1, *[8] * (network[0].weight.ndim - 2))
+    expected = network(grey.expand(-1, 3, *grey.shape[2:]))
     set_input_channels(network, 1)
     torch.testing.assert_close(network(grey), expected)
     assert network[0].weight.requires_grad and network[1].in_channels == 4
