@@ -36,7 +36,8 @@ def test_a_detector_takes_images_of_so_many_channels(tiny_cfg, network, channels
 @torch.no_grad()
 def test_a_classifier_takes_images_of_so_many_channels(tiny_cfg, name, channels):
     opts = ("MODEL.CLASSIFIER.NAME", name, "MODEL.CLASSIFIER.INPUT_SIZE", 96)
-    model = model_of(tiny_cfg, "classifier_lenet.yaml", channels, *opts, "INPUT.SEQUENCE_SLICES", 1)
+    opts += ("INPUT.SEQUENCE_SLICES", 1, "INPUT.SCAN_SLICES", 3)
+    model = model_of(tiny_cfg, "classifier_lenet.yaml", channels, *opts)
     image = 255 * torch.rand(channels, 64, 64)
     slices = [
         {"image": x, **dict.fromkeys(("sequence", "scan"), torch.stack([x] * 3))}
