@@ -16,7 +16,7 @@ starts its own loader anew.
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -62,8 +62,19 @@ class ResumableLoader:
         stream.dataset = _SeededItems(stream.dataset, seed)
         self.dataset = loader.dataset
         self._loader, self._seed, self._start_iter = loader, seed, start_iter
+        self._running: Generator | None = None
 
     def __iter__(self) -> Iterator[list[dict]]:
+        self._running = self._batches()
+        return self._running
+
+    def close(self) -> None:
+        """Ends the workers of the last iterator, whoever still refers to it."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _batches(self) -> Generator[list[dict], None, None]:
         with held_back():  # until its workers know what to do with signals
             batches = iter(self._loader)
         for iteration, batch in enumerate(batches, self._start_iter):

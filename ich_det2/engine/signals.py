@@ -17,6 +17,7 @@ from .checkpoint import IchCheckpointer
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A launcher and a terminal may both pass a signal on; what comes later was meant.
 _AGAIN_SECONDS = 1.0
+_OUTLIVE_SECONDS = 60
 
 logger = logging.getLogger(__name__)
 
@@ -139,14 +140,20 @@ def held_back() -> Iterator[None]:
 
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Lets a loader's workers live on when a signal goes to the whole process group; they end with
-    their process, or by a second SIGTERM."""
+    their process, or by a second SIGTERM, or a minute after the first."""
     loader.worker_init_fn = functools.partial(_outlive_signals, then=loader.worker_init_fn)
     return loader
 
 
 def _outlive_signals(worker: int, then: Callable[[int], None] | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, _outlive_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if then is not None:
         then(worker)
+
+
+def _outlive_once(*_) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Python's own end of a process sends two and waits: those that come together are one.
+    signal.alarm(_OUTLIVE_SECONDS)

@@ -130,6 +130,11 @@ class IchTrainer(DefaultTrainer):
                 return super().train()
         except EarlyStop as stop:
             logger.info(str(stop))
+        finally:
+            loader = self._trainer.data_loader
+            if isinstance(loader, ResumableLoader):  # else its workers end when Python does
+                loader.close()
+                self._trainer.reset_data_loader(lambda: loader)
 
     @classmethod
     def build_train_loader(

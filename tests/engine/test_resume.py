@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from ich_det2.engine import IchCheckpointer, IchTrainer
+from ich_det2.engine import IchCheckpointer, IchTrainer, signals
 from ich_det2.engine.checks import check_config
 from ich_det2.engine.signals import Interrupted
 
@@ -131,6 +132,50 @@ def test_a_signal_ends_the_iteration_saves_and_goes_on(cfg, number, at):
     values, weights = train(cfg, resume=True)
     assert values == whole[0][at + 1 :]
     assert [key for key in weights if not torch.equal(weights[key], whole[1][key])] == []
+
+
+def test_no_worker_outlives_the_training(cfg):
+    cfg.DATALOADER.NUM_WORKERS = 1
+    cfg.TEST.EVAL_PERIOD = 0
+    trainer, alive = IchTrainer(cfg), []
+    trainer.register_hooks(
+        [CallbackHook(after_step=lambda _: alive.append(len(multiprocessing.active_children())))]
+    )
+    trainer.train()  # which the trainer, with its loader, survives
+    assert min(alive) == 1 and multiprocessing.active_children() == []
+    # And where an error keeps all frames that refer to the loader.
+    broken = IchTrainer(cfg)
+    broken.register_hooks([CallbackHook(after_step=lambda _: 1 / 0)])
+    with pytest.raises(ZeroDivisionError):
+        broken.train()
+    assert multiprocessing.active_children() == []
+
+
+class _Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        time.sleep(0.01 if i < 2 else 20)
+        return i
+
+
+def test_a_worker_ends_though_two_signals_come_as_one(monkeypatch):
+    monkeypatch.setattr(signals, "_OUTLIVE_SECONDS", 1)
+    loader = signals.shield_workers(torch.utils.data.DataLoader(_Slow(), num_workers=1))
+    batches = iter(loader)
+    next(batches)  # it knows what to do with signals
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    for _ in range(2):  # as at the end of Python, which then waits
+        os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGCONT)
+    worker.join(0.5)
+    assert worker.exitcode is None  # it outlives the first
+    # PyTorch tells the main process of a worker's end.
+    with pytest.raises(RuntimeError, match="worker .* is killed by signal"):
+        time.sleep(10)
+    assert worker.exitcode == -signal.SIGALRM
 
 
 def test_a_signal_in_the_last_iteration_lets_the_training_end(cfg):
