@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ..evaluation.plots import Target, new_figure, save_figure
 from .results import SEED, groups_of, spread
@@ -137,10 +138,11 @@ def plot_systems(
     heights = [place[str(row[axis])] for row in rows]
     area.plot([row["AUC"] for row in rows], heights, "o", color="C0", alpha=0.6)
     area.axvline(0.5, color="grey", linestyle=":")
-    area.set(title="AUC of slices", xlim=(0.3, 1.02))
+    area.set(title="AUC of slices")
     area.set_yticks(list(place.values()), list(place))
     cost.plot([row["CPU-seconds a slice"] for row in rows], heights, "o", color="C2", alpha=0.6)
     cost.set(title="CPU-seconds a slice", xscale="log")
+    cost.xaxis.set_minor_formatter(NullFormatter())
     for row in differences:
         if row["metric"] == "AUC":
             y, ends = place[str(row[axis])], [row["low"], row["high"]]
