@@ -62,31 +62,17 @@ def register_ich_voc(
 def register_ich_datasets(
     root: str | Path,
     classes: Sequence[str] = ("hemorrhage",),
-    *,
-    context: int = 0,
-    scan: int = 0,
-    by_name: bool = False,
-    head_crop: bool = False,
-    masks: bool = False,
+    **settings,
 ) -> None:
-    """Registers ``ich_<list>`` for each list in ``ImageSets/Main`` of a VOC tree.
+    """Registers ``ich_<list>`` for each list in ``ImageSets/Main`` of a VOC tree, by
+    :func:`register_ich_voc`, which the settings are arguments of.
 
     ``ich_train``, ``ich_val`` and ``ich_test`` are registered even where they, or the tree, are
     missing: who asks for one of them is told so.
     """
     lists = VocTree(root).lists if Path(root).is_dir() else ()
     for split in dict.fromkeys((*SPLITS, *lists)):
-        register_ich_voc(
-            f"ich_{split}",
-            root,
-            split,
-            classes,
-            context=context,
-            scan=scan,
-            by_name=by_name,
-            head_crop=head_crop,
-            masks=masks,
-        )
+        register_ich_voc(f"ich_{split}", root, split, classes, **settings)
 
 
 def load_ich_voc(

@@ -330,13 +330,6 @@ def pseudonym(kind: str, value: str) -> str:
     return f"{kind}-{hashlib.sha256(value.encode()).hexdigest()[:10]}"
 
 
-def boxes_of_mask(
-    mask: np.ndarray, name_of: Callable[[int], str | None], *, min_pixels: int = 1
-) -> list[tuple[str, Box]]:
-    """The boxes around the connected parts of each class of a mask, see :func:`objects_of_mask`."""
-    return objects_of_mask(mask, name_of, min_pixels=min_pixels)[0]
-
-
 def objects_of_mask(
     mask: np.ndarray, name_of: Callable[[int], str | None], *, min_pixels: int = 1
 ) -> tuple[list[tuple[str, Box]], np.ndarray]:

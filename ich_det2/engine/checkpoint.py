@@ -1,7 +1,6 @@
 """Checkpoints that cannot run code when loaded, and are written whole or not at all."""
 
 import pickle
-import re
 from pathlib import Path
 
 import torch
@@ -13,9 +12,6 @@ from detectron2.utils.file_io import PathManager
 from ..files import write_atomically
 from ..modeling.channels import RGB, adapt_input_weights
 from ..modeling.weights import LIBRARY_PREFIXES
-
-# What a backbone has beyond a network for ImageNet: an FPN, deformable or 3D convolutions.
-_ADDED = re.compile(r"backbone\.(fpn_|top_block\.|collapse\.|project\.)|.*\.conv2_offset\.")
 
 LAST_CHECKPOINT = "last_checkpoint"
 """The file of OUTPUT_DIR in which fvcore's Checkpointer notes what --resume goes on from."""
@@ -87,11 +83,10 @@ class IchCheckpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _load_model(self, checkpoint: dict):
-        heads = checkpoint.pop("heads", ())
+        heads, backbone = checkpoint.pop("heads", ()), getattr(self.model, "backbone", None)
         if "__author__" in checkpoint or checkpoint.get("matching_heuristics"):
             channels = len(getattr(self.model, "pixel_mean", range(RGB)))
             # Of a backbone whose 2D network sees something else than the image.
-            backbone = getattr(self.model, "backbone", None)
             channels = getattr(backbone, "network_channels", channels)
             adapt_input_weights(checkpoint["model"], channels)
         for name, module in self.model.named_modules():
@@ -105,14 +100,16 @@ class IchCheckpointer(DetectionCheckpointer):
         missing = incompatible.missing_keys
         missing[:] = [key for key in missing if not key.endswith(ours)]
         if self._path.startswith(LIBRARY_PREFIXES):
-            # Layers of a backbone or classifier, but for those that ImageNet has none or other of.
+            # Layers of a backbone or classifier, but for those that ImageNet has none or other of:
+            # heads, deformable convolutions, and what stands around a bottom-up network.
+            body = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
             ends = tuple(f".{head}" for head in heads)
             lost = [
                 key
                 for key in missing
                 if none_fits
-                or key.startswith(("backbone.", "network."))
-                and not _ADDED.match(key)
+                or key.startswith((body, "network."))
+                and ".conv2_offset." not in key
                 and not key.rpartition(".")[0].endswith(ends)
             ]
             if lost:

@@ -287,23 +287,16 @@ def without_unlearnable(cfg, dataset: list[dict]) -> list[dict]:
         dataset: dataset dicts, with "image_label" or without.
     """
     if is_dynunet(cfg):
-        kept = [d for d in dataset if is_known(d)]
-        if len(kept) < len(dataset):
-            logger.warning(
-                "%d training slices have hemorrhage, but not all of it has masks: they are left"
-                " out.",
-                len(dataset) - len(kept),
-            )
-        return kept
-    if learns_from_labels(cfg):
+        kept, lacking, remedy = [d for d in dataset if is_known(d)], "not all of it has masks", ""
+    elif learns_from_labels(cfg):
         return dataset
-    kept = [d for d in dataset if d.get("annotations") or not d.get("image_label")]
-    if len(kept) < len(dataset):
-        logger.warning(
-            "%d training slices have hemorrhage, but no boxes: they are left out. With"
-            " MODEL.META_ARCHITECTURE DiagnosisRCNN its image head learns from them.",
-            len(dataset) - len(kept),
-        )
+    else:
+        kept = [d for d in dataset if d.get("annotations") or not d.get("image_label")]
+        lacking = "no boxes"
+        remedy = " With MODEL.META_ARCHITECTURE DiagnosisRCNN its image head learns from them."
+    if number := len(dataset) - len(kept):
+        said = "%d training slices have hemorrhage, but %s: they are left out.%s"
+        logger.warning(said, number, lacking, remedy)
     return kept
 
 

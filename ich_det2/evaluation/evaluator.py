@@ -14,7 +14,7 @@ from tabulate import tabulate
 from ..files import write_csv, write_json
 from .analysis import Settings, levels_of, summaries, threshold_rows
 from .diagnosis import COST_RATIO, METRICS
-from .mask_evaluator import MASK_METRICS
+from .mask_evaluator import MASK_METRICS, type_of
 from .plots import plot_roc, plot_thresholds
 from .predictions import SMOOTHED, Predictions, write_boxes, write_predictions
 from .smoothing import check_weights, smooth_boxes, smooth_scores
@@ -152,7 +152,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
                 ).reshape(-1, 4)
                 for entry in annotations
             ]
-            types = [[str(a.get("type", a["category_id"])) for a in e] for e in annotations]
+            types = [[type_of(a) for a in e] for e in annotations]
         return Predictions(
             *(list(images), list(patients), list(map(str, files))),
             labels=np.array(labels, dtype=int),

@@ -111,7 +111,7 @@ class MaskEvaluator(DatasetEvaluator):
             true, both = None, 0
             if is_known(d):
                 annotations = d["annotations"]
-                entries = ((_type(a), decode_mask(a["segmentation"])) for a in annotations)
+                entries = ((type_of(a), decode_mask(a["segmentation"])) for a in annotations)
                 true, whole = _count(entries, masks.shape[1:])
                 both = int((union & whole).sum())
             path, spacing = d["file_name"], (np.nan, np.nan)
@@ -209,7 +209,8 @@ def is_known(dataset_dict: dict) -> bool:
     return all(a.get("segmentation") for a in annotations)
 
 
-def _type(annotation: dict) -> str:
+def type_of(annotation: dict) -> str:
+    """The type of a bleed, or its class where the data set keeps no types."""
     return str(annotation.get("type", annotation["category_id"]))
 
 

@@ -5,6 +5,7 @@ numbers, by the same training as any model's. Shape glossary: Hi and Wi, rows an
 i; M lesions of a slice.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,7 @@ _ROOM, _EDGE_HU = 12, 3.0
 _WEIGHTS, _BIAS, _NOTHING = (1.0, 1.0, -3.0), -3.0, -3.0
 
 
-class LesionSegmenter(nn.Module):
+class LesionSegmenter(nn.Module, ABC):
     """Lesions of one slice by :meth:`find`, each scored by a logistic layer on its measures.
 
     The skull is stripped by :func:`find_brain`, densities are those beyond the brain's median, and
@@ -101,6 +102,7 @@ class LesionSegmenter(nn.Module):
             "pos_weight": cfg.MODEL.SEGMENTER.POS_WEIGHT,
         }
 
+    @abstractmethod
     def find(self, density: np.ndarray, brain: np.ndarray, least_area: float) -> np.ndarray:
         """Where blood may be.
 
@@ -112,7 +114,6 @@ class LesionSegmenter(nn.Module):
         Returns:
             bool (Hi, Wi).
         """
-        raise NotImplementedError
 
     def forward(self, batched_inputs: list[dict]) -> dict | list[dict]:
         """
