@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import signal
 import threading
 import time
@@ -140,20 +141,27 @@ def held_back() -> Iterator[None]:
 
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Lets a loader's workers live on when a signal goes to the whole process group; they end with
-    their process, or by a second SIGTERM, or a minute after the first."""
-    loader.worker_init_fn = functools.partial(_outlive_signals, then=loader.worker_init_fn)
+    their process, by its SIGTERM, or a minute after another's."""
+    init = functools.partial(_outlive_signals, parent=os.getpid(), then=loader.worker_init_fn)
+    loader.worker_init_fn = init
     return loader
 
 
-def _outlive_signals(worker: int, then: Callable[[int], None] | None) -> None:
+def _outlive_signals(worker: int, parent: int, then: Callable[[int], None] | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _outlive_once)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_await_end, args=(parent,), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_OUTLIVE_SECONDS))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     if then is not None:
         then(worker)
 
 
-def _outlive_once(*_) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Python's own end of a process sends two and waits: those that come together are one.
-    signal.alarm(_OUTLIVE_SECONDS)
+def _await_end(parent: int) -> None:
+    # At the end of Python the parent sends SIGTERM, and waits for ever if that is not heeded.
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        signal.alarm(_OUTLIVE_SECONDS)  # signals that come together are one
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -160,22 +160,61 @@ class _Slow(torch.utils.data.Dataset):
         return i
 
 
-def test_a_worker_ends_though_two_signals_come_as_one(monkeypatch):
-    monkeypatch.setattr(signals, "_OUTLIVE_SECONDS", 1)
+@pytest.fixture
+def worker(monkeypatch):
+    """A loader's worker that is shielded, and the iterator that it works for."""
+    monkeypatch.setattr(signals, "_OUTLIVE_SECONDS", 2)
     loader = signals.shield_workers(torch.utils.data.DataLoader(_Slow(), num_workers=1))
     batches = iter(loader)
     next(batches)  # it knows what to do with signals
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGSTOP)
-    for _ in range(2):  # as at the end of Python, which then waits
-        os.kill(worker.pid, signal.SIGTERM)
-    os.kill(worker.pid, signal.SIGCONT)
-    worker.join(0.5)
-    assert worker.exitcode is None  # it outlives the first
+    (process,) = multiprocessing.active_children()
+    return process, batches
+
+
+def send(pid, number):
+    """From another process."""
+    subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+
+
+def test_a_worker_outlives_the_signals_of_others_for_a_while(worker):
+    process, _ = worker
+    os.kill(process.pid, signal.SIGSTOP)
+    for _ in range(2):
+        send(process.pid, signal.SIGTERM)  # two that come as one
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(0.5)
+    assert process.exitcode is None
     # PyTorch tells the main process of a worker's end.
     with pytest.raises(RuntimeError, match="worker .* is killed by signal"):
         time.sleep(10)
-    assert worker.exitcode == -signal.SIGALRM
+    assert process.exitcode == -signal.SIGALRM
+
+
+def test_a_worker_ends_by_its_own_process(worker):
+    process, _ = worker
+    process.terminate()  # as Python does at its end, and then waits
+    with pytest.raises(RuntimeError, match="worker .* is killed by signal"):
+        time.sleep(10)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_python_ends_though_an_error_keeps_a_loader(tmp_path):
+    program = tmp_path / "evaluate.py"
+    program.write_text(
+        "import torch\n"
+        "from ich_det2.engine.signals import shield_workers\n"
+        "loader = shield_workers(torch.utils.data.DataLoader([0, 1, 2, 3], num_workers=2))\n"
+        "def evaluate():\n"
+        "    for batch in iter(loader):\n"
+        "        raise RuntimeError\n"
+        "try:\n"
+        "    evaluate()\n"
+        "except RuntimeError as error:\n"
+        "    kept = error\n"
+    )
+    start = time.monotonic()
+    subprocess.run([sys.executable, program], check=True, timeout=120, cwd=ROOT)
+    assert time.monotonic() - start < 50  # it was for ever, and a minute
 
 
 def test_a_signal_in_the_last_iteration_lets_the_training_end(cfg):
