@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = attach(
             *("ALL_KINDS", "KINDS", "SR_CLASSES"),
             *("build_objects", "check_dicom_output", "write_dicom"),
         ],
-        ".study": ["StudyDiagnosis", "studies"],
+        ".study": ["NoSegmentation", "StudyDiagnosis", "studies"],
     },
 )

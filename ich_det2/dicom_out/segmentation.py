@@ -13,7 +13,7 @@ from pydicom import Dataset
 from ..data.masks import decode_mask
 from .codes import ABNORMAL, ARTIFICIAL_INTELLIGENCE, BRAIN, HEMORRHAGE
 from .equipment import MANUFACTURER, algorithm_facts, device, series_attributes
-from .study import StudyDiagnosis
+from .study import NoSegmentation, StudyDiagnosis
 
 
 def build_segmentations(study: StudyDiagnosis) -> Iterator[Segmentation]:
@@ -22,12 +22,12 @@ def build_segmentations(study: StudyDiagnosis) -> Iterator[Segmentation]:
     each size, since a segmentation is of one grid.
 
     Raises:
-        ValueError: the model gives no masks, or the images do not say where they lie.
+        NoSegmentation: the model gives no masks, or the images do not say where they lie.
     """
     alike = defaultdict(list)
     for s in study.slices:
         if s.masks is None:
-            raise ValueError(
+            raise NoSegmentation(
                 "the model gives boxes and no masks, so there is no segmentation to write; leave"
                 " out seg, or take a model with MODEL.MASK_ON True."
             )
@@ -55,7 +55,7 @@ def build_segmentations(study: StudyDiagnosis) -> Iterator[Segmentation]:
                 content_creator_name="ich_det2^software",
             )
         except (AttributeError, KeyError, ValueError) as error:
-            raise ValueError(
+            raise NoSegmentation(
                 "a segmentation needs images that say where they lie (Frame of Reference UID,"
                 f" Image Position and Orientation (Patient)); {str(error).rstrip('.')}."
             ) from error

@@ -35,6 +35,10 @@ _TYPE_2 = (
 )
 
 
+class NoSegmentation(ValueError):
+    """There can be no segmentation of a study, in one sentence why."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """A box at or above the threshold.

@@ -56,6 +56,13 @@ async function draw() {
       paper.lineWidth = (b.score >= data.threshold ? 2 : 1) * ratio;
       paper.strokeStyle = paper.fillStyle = b.score >= data.threshold ? "#ffaa00" : "#a58448";
       paper.strokeRect(left + x0 * zx, top + y0 * zy, (x1 - x0) * zx, (y1 - y0) * zy);
+      for (const points of b.outlines || []) {
+        paper.beginPath();  // through the middles of the mask's outermost pixels
+        for (let i = 0; i < points.length; i += 2)
+          paper.lineTo(left + (points[i] + 0.5) * zx, top + (points[i + 1] + 0.5) * zy);
+        paper.closePath();
+        paper.stroke();
+      }
       const name = data.classes > 1 ? `${b.class} ` : "";
       paper.fillText(name + b.score.toFixed(2), left + x0 * zx, top + y0 * zy - 4 * ratio);
     }

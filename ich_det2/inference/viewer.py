@@ -1,6 +1,6 @@
 """A page to look through a patient's slices with what was found on them, in any browser.
 
-It is one file that asks nothing of any address: pixels, boxes and script are in the page.
+It is one file that asks nothing of any address: pixels, boxes, masks and script are in the page.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..data.dicom import pixel_ratio, read_hu, read_spacing
 from ..data.inspection import WINDOW
+from ..data.masks import decode_mask
 from ..data.pictures import is_picture, read_picture
 from ..files import write_atomically
 from .results import Diagnosis, PatientDiagnosis, Progress, SliceDiagnosis
@@ -116,6 +118,8 @@ def _pack(s: SliceDiagnosis, hu: bool) -> dict:
         {"box": [round(float(v), 2) for v in box], "score": float(score), "class": name}
         for box, score, name in zip(s.boxes, s.scores, s.classes, strict=True)
     ]
+    for row, mask in zip(boxes, s.masks or ()):
+        row["outlines"] = _outlines(decode_mask(mask))
     return {
         "series": s.series,
         "index": s.index,
@@ -127,3 +131,11 @@ def _pack(s: SliceDiagnosis, hu: bool) -> dict:
         "boxes": boxes,
         "pixels": base64.b64encode(packed).decode(),
     }
+
+
+def _outlines(mask: np.ndarray) -> list[list[int]]:
+    """The outlines of a mask, bool (H, W), and of its holes: column and row of the outermost pixels
+    by turns, without those on the line between two others."""
+    kind = cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
+    contours, _ = cv2.findContours(mask.astype(np.uint8), *kind)
+    return [contour.ravel().tolist() for contour in contours]

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from ..dicom_out import KINDS, SR_CLASSES
+from ..dicom_out import ALL_KINDS, KINDS, SR_CLASSES
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Destination:
         name: in the journal and the log.
         host, port, ae_title: of a storage SCP.
         url: of a DICOMweb service.
-        objects: kinds that are sent there, of ``dicom_out.KINDS``.
+        objects: kinds that are sent there, of ``dicom_out.ALL_KINDS``.
         tls: of the storage SCP.
         ca: who signs the certificate of the DICOMweb service; "" for the public ones.
         token_file: holds a bearer token for it.
@@ -114,7 +114,7 @@ class Destination:
     port: int = 0
     ae_title: str = ""
     url: str = ""
-    objects: tuple[str, ...] = ("sr", "gsps", "sc", "kos")
+    objects: tuple[str, ...] = KINDS
     tls: Tls | None = None
     ca: str = ""
     token_file: str = ""
@@ -286,9 +286,9 @@ def _check(cfg: ServeConfig) -> None:
             raise ValueError(f"send '{d.name}' port is {d.port}, expected 1 to 65535.")
         if d.url:
             _check_url(f"send '{d.name}' url", d.url)
-        if unknown := [kind for kind in d.objects if kind not in KINDS]:
+        if unknown := [kind for kind in d.objects if kind not in ALL_KINDS]:
             raise ValueError(
-                f"send '{d.name}' objects: {unknown[0]!r} is none of {', '.join(KINDS)}."
+                f"send '{d.name}' objects: {unknown[0]!r} is none of {', '.join(ALL_KINDS)}."
             )
     if cfg.complete.qido:
         _check_url("complete.qido", cfg.complete.qido)

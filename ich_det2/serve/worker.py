@@ -8,13 +8,20 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pydicom
 
-from ..dicom_out import KINDS, build_objects, studies
+from ..dicom_out import (
+    ALL_KINDS,
+    KINDS,
+    NoSegmentation,
+    StudyDiagnosis,
+    build_objects,
+    studies,
+)
 from ..inference.api import diagnose
 from ..inference.diagnoser import Diagnoser
 from ..inference.results import Diagnosis
@@ -109,19 +116,15 @@ class Worker:
         reach("detected")
         expected = journal.study(study.uid).expected
         diagnosis = _with_missing(diagnosis, len(journal.instances(study.uid)), expected)
-        kinds = [k for k in KINDS if not cfg.send or any(k in d.objects for d in cfg.send)]
+        wanted = {kind for d in cfg.send for kind in d.objects} or KINDS
+        kinds = [kind for kind in ALL_KINDS if kind in wanted]
         previous = [pydicom.dcmread(p) for p in journal.last_reports(study.uid, study.version)]
         place = cfg.root / "results" / study.uid
         objects, verdicts, complete = [], [], True
         for part in studies(diagnosis):
             verdicts.append(part.verdict)
             complete = complete and part.n_lost == 0
-            for kind, built in build_objects(
-                part,
-                kinds,
-                sr_class=cfg.sr_class,
-                previous=_others(previous, part.uid("sr", cfg.sr_class, 1)),
-            ):
+            for kind, built in self._build(part, kinds, previous):
                 path = place / f"{kind}-{built.SOPInstanceUID}.dcm"
                 if not path.is_file():  # another try may have written it already
                     content = io.BytesIO()
@@ -134,6 +137,20 @@ class Worker:
         journal.answer(study.uid, study.version, verdict, complete, objects)
         reach("answered")
         return verdict, complete, len(objects)
+
+    def _build(
+        self, part: StudyDiagnosis, kinds: Sequence[str], previous: Sequence[pydicom.Dataset]
+    ) -> Iterator[tuple[str, pydicom.Dataset]]:
+        """The objects of a study; the others go without a segmentation that cannot be."""
+        sr_class = self._cfg.sr_class
+        previous = _others(previous, part.uid("sr", sr_class, 1))
+        try:
+            yield from build_objects(part, kinds, sr_class=sr_class, previous=previous)
+        except NoSegmentation as error:  # which is the last kind
+            self.counts["without_segmentation"] += 1
+            why = str(error).partition(";")[0]  # what follows may tell what is in the files
+            extra = {"study": study_key(part.study_uid), "reason": why}
+            logger.warning("no segmentation", extra=extra)
 
 
 def _with_missing(diagnosis: Diagnosis, there: int, expected: int | None) -> Diagnosis:

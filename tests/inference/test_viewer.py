@@ -9,12 +9,15 @@ import shutil
 import subprocess
 import zlib
 
+import cv2
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 
 from ich_det2.data.dicom import read_hu
+from ich_det2.data.masks import decode_mask
 from ich_det2.inference.api import diagnose
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -55,6 +58,33 @@ def test_the_pixels_are_the_hu_of_the_files_and_the_boxes_those_of_the_diagnosis
         assert s["score"] == found.score and s["verdict"] == found.verdict
         assert [b["box"] for b in s["boxes"]] == found.boxes.round(2).tolist()
         assert s["ratio"] == 1
+
+
+def test_outlines_are_those_of_the_masks(look, finder, write_series, tmp_path, monkeypatch):
+    ring = torch.zeros(1, 32, 32, dtype=torch.bool)
+    ring[0, 3:12, 2:10] = True
+    ring[0, 6:9, 5:7] = False
+    forward = type(finder.model).forward
+
+    def with_masks(self, inputs):
+        outputs = forward(self, inputs)
+        for output in outputs:
+            output["instances"].pred_masks = ring
+        return outputs
+
+    monkeypatch.setattr(type(finder.model), "forward", with_masks)
+    write_series(bleed_at=1)
+    diagnosis, out = look(tmp_path / "exam")
+    data, _ = parts((out / "viewer.html").read_text())
+    for s, found in zip(data["slices"], diagnosis.slices, strict=True):
+        for box, mask in zip(s["boxes"], found.masks, strict=True):
+            lines = [np.array(points).reshape(-1, 2) for points in box["outlines"]]
+            drawn = np.zeros((32, 32), np.uint8)
+            cv2.polylines(drawn, lines, True, 1)
+            mask = decode_mask(mask)
+            # Of the outside its own outermost pixels; of a hole the mask's pixels about it.
+            assert len(lines) == 2 and not drawn[~mask].any()
+            assert drawn[3, 2:10].all() and drawn[5, 5:7].all()
 
 
 def test_pixels_that_are_not_square_are_shown_as_they_lie(look, write_series, tmp_path):

@@ -19,11 +19,11 @@ from ich_det2.serve.config import ServeConfig, _build
 DRIVER = Path(__file__).with_name("driver.py")
 
 
-def load_marked(cfg):
+def load_marked(cfg, masks=False):
     spec = importlib.util.spec_from_file_location("driver", DRIVER)
     driver = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(driver)
-    return driver.load_marked(cfg)
+    return driver.load_marked(cfg, masks)
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +116,9 @@ def node(settings):
 
     running = []
 
-    def start(*, model=None, **changed):
+    def start(*, masks=False, model=None, **changed):
         cfg = _build(ServeConfig, settings(**changed), "")
-        one = Node(cfg, model or load_marked(cfg))
+        one = Node(cfg, model or load_marked(cfg, masks))
         thread = threading.Thread(target=one.run, daemon=True)
         thread.start()
         running.append((one, thread))

@@ -20,7 +20,11 @@ from ich_det2.inference.diagnoser import Diagnoser
 
 
 class Marked(torch.nn.Module):
-    """A box on each slice."""
+    """A box on each slice, with a mask if asked for."""
+
+    def __init__(self, masks=False):
+        super().__init__()
+        self.masks = masks
 
     def forward(self, inputs):
         outputs = []
@@ -28,14 +32,17 @@ class Marked(torch.nn.Module):
             found = Instances((x["height"], x["width"]))
             found.pred_boxes = Boxes(torch.tensor([[10.5, 20.25, 40.0, 55.0]]))
             found.scores, found.pred_classes = torch.tensor([0.875]), torch.zeros(1).long()
+            if self.masks:
+                found.pred_masks = torch.zeros(1, x["height"], x["width"], dtype=torch.bool)
+                found.pred_masks[0, 21:55, 11:40] = True
             outputs.append({"instances": found})
         return outputs
 
 
-def load_marked(cfg):
+def load_marked(cfg, masks=False):
     mapper = IchDatasetMapper(False, augmentations=[], windows=[[40, 120]])
     facts = {"run": "marked", "weights": "m.pth", "sha256": "ab" * 32, "patient_rule": "any"}
-    return Diagnoser(Marked(), mapper, batch_size=4, facts=facts)
+    return Diagnoser(Marked(masks), mapper, batch_size=4, facts=facts)
 
 
 def main():

@@ -56,7 +56,7 @@ DIMSE = {"name": "a", "host": "h", "port": 1, "ae_title": "T"}
         ({"root": "x", "send": [{"name": "a"}]}, "send 'a' needs host, port and ae_title, or url"),
         ({"root": "x", "send": [DIMSE, DIMSE]}, "two destinations in send have one name"),
         ({"root": "x", "send": [DIMSE | {"port": 0}]}, "send 'a' port is 0"),
-        ({"root": "x", "send": [DIMSE | {"objects": ["seg"]}]}, "'seg' is none of sr, gsps"),
+        ({"root": "x", "send": [DIMSE | {"objects": ["ko"]}]}, "'ko' is none of sr, gsps"),
         ({"root": "x", "send": [{"name": "a", "url": "pacs"}]}, "expected http:// or https://"),
         ({"root": "x", "complete": {"qido": "http://u:p@h"}}, "put a token into token_file"),
         ({"root": "x", "complete": {"quiet_s": -1}}, "complete.quiet_s is -1"),

@@ -13,6 +13,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pydicom
 import pytest
 from hypothesis import given, settings
@@ -54,6 +55,35 @@ def test_all_kinds_go_where_they_are_asked_for(node, pacs, study, wire, settings
     wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
     found = sorted(ds.Modality for ds in pacs.received.values())
     assert found == ["KO", "OT", "OT", "PR", "SR"]
+
+
+def test_masks_go_back_as_a_segmentation(node, pacs, study, wire, settings):
+    to = settings()["send"][0] | {"objects": ["seg", "sr"]}
+    one = node(masks=True, send=[to])
+    wire.send(one.receiver.port, study())
+    wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    (seg,) = (ds for ds in pacs.received.values() if ds.Modality == "SEG")
+    assert seg.StudyInstanceUID == "1.2.3.1" and seg.NumberOfFrames == 4
+    assert np.unpackbits(np.frombuffer(seg.PixelData, np.uint8)).sum() == 4 * 34 * 29
+    assert len(pacs.reports()) == 1 and not one.worker.counts["without_segmentation"]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_report_goes_where_there_can_be_no_segmentation_and_the_log_says_so(
+    node, pacs, study, wire, settings, caplog, masks
+):
+    to = settings()["send"][0] | {"objects": ["sr", "seg"]}
+    slices = study(n=2)
+    for ds in slices if masks else ():
+        del ds.FrameOfReferenceUID
+    one = node(masks=masks, send=[to])
+    wire.send(one.receiver.port, slices)
+    wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    assert [ds.Modality for ds in pacs.received.values()] == ["SR"]
+    assert one.worker.counts["without_segmentation"] == 1
+    (record,) = (r for r in caplog.records if r.getMessage() == "no segmentation")
+    assert ("where they lie" if masks else "boxes and no masks") in record.reason
+    assert "1.2.3.1" not in JsonFormatter().format(record)
 
 
 def test_files_are_kept_as_they_were_sent(node, study, wire):
