@@ -25,8 +25,8 @@ class FitHook(hooks.HookBase):
     """Fits what a model does not learn by gradients, such as a support vector machine.
 
     Before each validation and checkpoint the model's ``fit`` gets what its ``embed`` says of each
-    training slice, as it is, without augmentation, and the labels. Every process sees its share of
-    the slices, and fits the same to all of them.
+    training slice, as it is, without augmentation, the labels and the patients. Every process sees
+    its share of the slices, and fits the same to all of them.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class FitHook(hooks.HookBase):
         with inference_context(self._model), torch.no_grad():
             for batch in self._build_loader():
                 features = self._model.embed(batch).float().cpu()
-                share += zip(features, [x["image_label"] for x in batch])
-        features, labels = zip(*itertools.chain(*comm.all_gather(share)))
-        self._model.fit(torch.stack(features), torch.tensor(labels))
+                patients = (x.get("patient_id", x["file_name"]) for x in batch)
+                share += zip(features, [x["image_label"] for x in batch], patients)
+        features, labels, patients = zip(*itertools.chain(*comm.all_gather(share)))
+        self._model.fit(torch.stack(features), torch.tensor(labels), patients)
         logging.getLogger(__name__).info("Fitted to %d training slices.", len(labels))
 
 

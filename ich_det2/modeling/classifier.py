@@ -116,9 +116,12 @@ class ImageClassifier(nn.Module):
         """What :meth:`fit` takes of each slice, (N, D); for a network that needs it."""
         return self.network.embed(self.preprocess_image(batched_inputs))
 
-    def fit(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Fits the network to the features (N, D) and labels (N,) of whole training slices."""
-        self.network.fit(features, labels)
+    def fit(
+        self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence | None = None
+    ) -> None:
+        """Fits the network to the features (N, D), labels (N,) and patients (N,) of whole training
+        slices; without patients each is of another."""
+        self.network.fit(features, labels, groups)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> torch.Tensor:
         """Scales, pads and normalizes; a slice comes out the same whatever is beside it.

@@ -4,6 +4,9 @@ Shape glossary: N slices, C channels, S the side of the network's input in pixel
 slice, V support vectors.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,26 +51,28 @@ class SVM(nn.Module):
     def standardize(self, features: torch.Tensor) -> torch.Tensor:
         return (features.float() - self.mean) / self.scale
 
-    def fit(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+    def fit(
+        self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence | None = None
+    ) -> None:
         """Fits all buffers.
 
-        Where a label has two slices or more, the logits are a logistic regression on decisions
-        about slices that were left out, in ``FOLDS`` parts of the given order or as many as a label
-        has slices; else the decisions themselves. The time grows with the square of N.
+        Where two groups or more have slices of each label, the logits are a logistic regression on
+        decisions about groups that were left out, see :func:`left_out`; else the decisions
+        themselves. The time grows with the square of N.
 
         Args:
             features: (N, D), on any device.
             labels: (N,), 0 or 1, of which both have to be there. Slices weigh alike.
+            groups: (N,), the patient of each slice; None if each is of another.
 
         Raises:
             ValueError: if there is but one label, or a feature is not finite.
         """
         from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.model_selection import cross_val_predict
         from sklearn.svm import SVC
 
-        least = int(torch.bincount(labels.long().cpu(), minlength=2).min())
-        if not least:
+        if len(labels.unique()) < 2:
             raise ValueError(
                 f"the {len(labels)} slices that a support vector machine is fitted to are all of"
                 f" label {int(labels[0])}, expected slices with and without hemorrhage."
@@ -91,8 +96,7 @@ class SVM(nn.Module):
             gamma=gamma,
         )
         slope, offset = 1.0, 0.0
-        if least > 1:
-            folds = StratifiedKFold(min(FOLDS, least))
+        if folds := left_out(y, range(len(y)) if groups is None else groups):
             decisions = cross_val_predict(machine, x, y, cv=folds, method="decision_function")
             line = LogisticRegression().fit(decisions[:, None], y)
             slope, offset = line.coef_[0, 0], line.intercept_[0]
@@ -128,6 +132,32 @@ class SVM(nn.Module):
         return self.slope * self(features) + self.offset
 
 
+def left_out(labels: np.ndarray, groups: Sequence) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Parts of which each is left out once: no group is in two of them, and what is fitted to the
+    others sees both labels.
+
+    Args:
+        labels: (N,), 0 or 1.
+        groups: (N,).
+
+    Returns:
+        Indices of what is fitted to and of what is left out, ``FOLDS`` times, or as often as groups
+        have slices of a label; none where that is once.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    names, numbers = {}, []
+    for group in groups:
+        numbers.append(names.setdefault(group, len(names)))
+    numbers = np.array(numbers)
+    most = min(FOLDS, *(len({*numbers[labels == label]}) for label in (0, 1)))
+    for n in range(most, 1, -1):
+        folds = list(StratifiedGroupKFold(n).split(labels, labels, numbers))
+        if all(len({*labels[kept]}) == 2 for kept, _ in folds):
+            return folds
+    return []
+
+
 @CLASSIFIER_REGISTRY.register()
 class AlexNetSVM(AlexNet):
     """AlexNet, whose last layer a support vector machine replaces once the others are trained.
@@ -156,9 +186,11 @@ class AlexNetSVM(AlexNet):
     def _features_of(self, maps: torch.Tensor) -> torch.Tensor:
         return self.classifier[:-1](self.avgpool(maps).flatten(1))
 
-    def fit(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+    def fit(
+        self, features: torch.Tensor, labels: torch.Tensor, groups: Sequence | None = None
+    ) -> None:
         """Fits the SVM, see :meth:`SVM.fit`."""
-        self.svm.fit(features, labels)
+        self.svm.fit(features, labels, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features = self.embed(x)

@@ -174,8 +174,8 @@ class SmallSVM(nn.Module):
         *layers, self.last = LeNet(input_size)
         self.embed, self.svm = nn.Sequential(*layers), SVM(84)
 
-    def fit(self, features, labels):
-        self.svm.fit(features, labels)
+    def fit(self, features, labels, groups):
+        self.svm.fit(features, labels, groups)
 
     def forward(self, x):
         features = self.embed(x)
@@ -197,10 +197,13 @@ def test_each_checkpoint_has_the_machine_of_its_own_features(
         with torch.no_grad():
             batches = list(IchTrainer.build_test_loader(cfg, "ich_train"))
             features = torch.cat([model.embed(batch) for batch in batches])
-        again = SVM(84)
-        again.fit(features, torch.tensor([x["image_label"] for b in batches for x in b]))
+        slices = [x for batch in batches for x in batch]
+        again, patients = SVM(84), [x["patient_id"] for x in slices]
+        again.fit(features, torch.tensor([x["image_label"] for x in slices]), patients)
         svm = model.network.svm
         torch.testing.assert_close(svm(features), again(features), atol=1e-5, rtol=1e-4)
+        for name in ("slope", "offset"):
+            torch.testing.assert_close(getattr(svm, name), getattr(again, name))
         means.append(svm.mean.sum().item())
     assert len(set(means[:3])) == 3
 

@@ -169,13 +169,16 @@ class Fitted(torch.nn.Module):
     def embed(self, batch):
         return torch.stack([x["image"].flatten(1).mean(dim=1) for x in batch])
 
-    def fit(self, features, labels):
-        self.seen = features[:, 0].tolist(), labels.tolist()
+    def fit(self, features, labels, groups):
+        self.seen = features[:, 0].tolist(), labels.tolist(), groups
 
 
 def fit_shares():
     """What a model is fitted to out of shares of three slices, in two batches, and of none."""
-    slices = [{"image": torch.full((1, 2, 2), float(i)), "image_label": i % 2} for i in range(3)]
+    slices = [
+        {"image": torch.full((1, 2, 2), float(i)), "image_label": i % 2, "file_name": f"{i}.png"}
+        for i in range(3)
+    ]
     batches = [[slices[:2], slices[2:]], []][comm.get_rank()]
     hook = FitHook(Fitted(), (), lambda: batches)
     hook.trainer = SimpleNamespace(iter=0, max_iter=1)
@@ -220,7 +223,7 @@ def ranks(full_tree, tmp_path):
 
 def test_every_rank_is_fitted_to_the_slices_of_all_in_order(ranks):
     for rank in ranks:
-        assert rank["fitted"] == ([0.0, 1.0, 2.0], [0, 1, 0])
+        assert rank["fitted"] == ([0.0, 1.0, 2.0], [0, 1, 0], ("0.png", "1.png", "2.png"))
 
 
 def test_every_image_with_positives_counts_the_same_whatever_its_rank(ranks):

@@ -42,20 +42,24 @@ class Fitted(nn.Linear):
         assert not self.training and not torch.is_grad_enabled()
         return self(torch.tensor([[x["image"]] for x in batch]))
 
-    def fit(self, features, labels):
-        self.seen.append((self.training, features.shape, labels.tolist()))
+    def fit(self, features, labels, groups):
+        self.seen.append((self.training, features.shape, labels.tolist(), groups))
 
 
 def test_a_model_is_fitted_before_each_validation_and_checkpoint_and_at_the_end():
     model, seen = Fitted(1, 1), {}
-    batches = [[{"image": 1.0, "image_label": 1}, {"image": 2.0, "image_label": 0}]]
+    slices = [
+        {"image": 1.0, "image_label": 1, "file_name": "a", "patient_id": "p"},
+        {"image": 2.0, "image_label": 0, "file_name": "b"},
+    ]
+    batches = [slices]
     hook = FitHook(model, (3, 0, 4), lambda: batches)
     for i in range(7):
         model.seen = []
         hook.trainer = SimpleNamespace(iter=i, max_iter=7)
         hook.after_step()
         seen[i + 1] = model.seen
-    once = [(True, (2, 1), [1, 0])]
+    once = [(True, (2, 1), [1, 0], ("p", "b"))]
     assert seen == {1: [], 2: [], 3: once, 4: once, 5: [], 6: once, 7: once}
 
 

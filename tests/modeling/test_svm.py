@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -12,6 +14,7 @@ from torch import nn
 
 from ich_det2.engine import IchCheckpointer
 from ich_det2.modeling import SVM, AlexNetSVM
+from ich_det2.modeling.svm import left_out
 
 
 @pytest.fixture
@@ -24,10 +27,14 @@ def sample():
     return features, labels
 
 
+PATIENTS = [f"p{i // 4}" for i in range(60)]
+"""Of the sample, four slices each."""
+
+
 @pytest.fixture
 def fitted(sample):
     svm = SVM(40)
-    svm.fit(*sample)
+    svm.fit(*sample, PATIENTS)
     return svm
 
 
@@ -41,12 +48,14 @@ def test_decisions_are_those_of_scikit_learn(sample, fitted):
     assert fitted.vectors.shape == (stock[-1].n_support_.sum(), 40)
 
 
-def test_logits_are_a_logistic_regression_on_decisions_about_slices_left_out(sample, fitted):
+def test_logits_are_a_logistic_regression_on_decisions_about_patients_left_out(sample, fitted):
     x, y = (t.double().numpy() for t in sample)
     machine = SVC(gamma=fitted.gamma.item())
     x = StandardScaler().fit_transform(x)
-    left_out = cross_val_predict(machine, x, y, cv=StratifiedKFold(5), method="decision_function")
-    line = LogisticRegression().fit(left_out[:, None], y)
+    patients = np.arange(60) // 4
+    folds = StratifiedGroupKFold(5).split(x, y, patients)
+    decisions = cross_val_predict(machine, x, y, cv=folds, method="decision_function")
+    line = LogisticRegression().fit(decisions[:, None], y)
     expected = line.decision_function(fitted(sample[0]).double().numpy()[:, None])
     np.testing.assert_allclose(fitted.logits(sample[0]).numpy(), expected, atol=1e-4)
     assert fitted.slope > 0 and (fitted.slope, fitted.offset) != (1, 0)
@@ -61,6 +70,19 @@ def test_a_decision_by_hand():
     x = torch.tensor([[5.0], [3.0]])
     assert svm(x).tolist() == pytest.approx([0.25, 1.1147], abs=1e-4)
     assert svm.logits(x).tolist() == pytest.approx([-0.5, 1.2293], abs=1e-4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6)), min_size=2, max_size=40))
+def test_no_patient_is_on_both_sides_and_both_labels_are_fitted_to(slices):
+    labels, patients = np.array(slices).T
+    folds = left_out(labels, [str(p) for p in patients])
+    for kept, out in folds:
+        assert not {*patients[kept]} & {*patients[out]} and {*labels[kept]} == {0, 1}
+    if folds:
+        assert sorted(np.concatenate([out for _, out in folds])) == list(range(len(slices)))
+    # A patient for each part, of each label, is enough.
+    if min(len({*patients[labels == label]}) for label in (0, 1)) < 2:
+        assert not folds
 
 
 def test_one_slice_of_a_label_leaves_the_decision_as_the_logit():
