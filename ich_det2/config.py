@@ -131,6 +131,9 @@ def add_ich_config(cfg: CfgNode) -> None:
     # RFCNROIHeads; 1 is stock.
     # Beyond the paper.
     cfg.MODEL.ROI_HEADS.COST.ALPHA = 1.0
+    # In the test, in place of NMS at NMS_THRESH_TEST, Soft-NMS: each box lowers the scores of those
+    # of its class by exp(-IoU^2 / sigma); of the same heads, but for a cascade. 0: off.
+    cfg.MODEL.ROI_HEADS.SOFT_NMS_SIGMA_TEST = 0.0
     # In the test each box that NMS leaves becomes the mean, by scores, of all boxes of its class
     # that overlap it by this IoU; of the same heads, but for a cascade. 0: off.
     cfg.MODEL.ROI_HEADS.VOTE_THRESH_TEST = 0.0

@@ -93,8 +93,11 @@ _READERS: dict[str, dict[str, Callable[[object], bool]]] = {
     },
     "MODEL.RPN.PRIOR_PROB": {_RPN_HEAD: _of(CostSensitiveRPNHead)},
     "MODEL.ROI_HEADS.COST.": {_ROI_HEADS: _of(CostSensitiveMixin, RFCNROIHeads)},
-    "MODEL.ROI_HEADS.VOTE_THRESH_TEST": {
-        _ROI_HEADS: _of(CostSensitiveMixin, RFCNROIHeads, but=CascadeROIHeads)
+    **{
+        f"MODEL.ROI_HEADS.{key}_TEST": {
+            _ROI_HEADS: _of(CostSensitiveMixin, RFCNROIHeads, but=CascadeROIHeads)
+        }
+        for key in ("SOFT_NMS_SIGMA", "VOTE_THRESH")
     },
     "MODEL.ROI_HEADS.REFINE_": {_ROI_HEADS: _of(CostSensitiveROIHeads)},
     "MODEL.MASK_ON": {_ROI_HEADS: _of(StandardROIHeads, Res5ROIHeads)},

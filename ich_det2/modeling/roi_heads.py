@@ -12,7 +12,7 @@ from detectron2.modeling.roi_heads import (
     Res5ROIHeads,
     StandardROIHeads,
 )
-from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers, fast_rcnn_inference
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import box_iou
 
@@ -20,28 +20,43 @@ from torchvision.ops import box_iou
 class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
     """:class:`FastRCNNOutputLayers` whose foreground proposals weigh alpha in the class loss.
 
-    In the test the boxes that NMS has left may be moved by the ones that it has not, see
-    :func:`vote_boxes`.
+    In the test :func:`soft_nms` may take the place of NMS, and the boxes that are left may be moved
+    by all others, see :func:`vote_boxes`.
     """
 
     @configurable
-    def __init__(self, input_shape, *, alpha: float = 1.0, test_vote_thresh: float = 0.0, **kwargs):
+    def __init__(
+        self,
+        input_shape,
+        *,
+        alpha: float = 1.0,
+        test_soft_nms_sigma: float = 0.0,
+        test_vote_thresh: float = 0.0,
+        **kwargs,
+    ):
         """
         Args:
             input_shape: shape of the box head's output.
             alpha: weight of a foreground proposal, > 0; the softmax loss is the weighted mean.
+            test_soft_nms_sigma: of :func:`soft_nms`, > 0; 0: NMS as stock.
             test_vote_thresh: IoU from which on a box has a vote, in (0, 1]; 0: no vote.
             kwargs: arguments of :class:`FastRCNNOutputLayers`.
 
         Raises:
-            ValueError: if alpha is not a positive finite number, or weighs a sigmoid loss, or the
-                threshold is out of its range.
+            ValueError: if alpha is not a positive finite number, or weighs a sigmoid loss, or sigma
+                or the threshold is out of its range.
         """
         super().__init__(input_shape, **kwargs)
         if not 0 <= test_vote_thresh <= 1:
             raise ValueError(
                 f"MODEL.ROI_HEADS.VOTE_THRESH_TEST is {test_vote_thresh}, expected 0 to 1."
             )
+        if not 0 <= test_soft_nms_sigma < math.inf:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.SOFT_NMS_SIGMA_TEST is {test_soft_nms_sigma}, expected a finite"
+                " number, 0 or more."
+            )
+        self.test_soft_nms_sigma = test_soft_nms_sigma
         self.test_vote_thresh = test_vote_thresh
         if not 0 < alpha < math.inf:
             raise ValueError(f"MODEL.ROI_HEADS.COST.ALPHA must be a positive number, got {alpha}.")
@@ -57,16 +72,40 @@ class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
         return {
             **super().from_config(cfg, input_shape),
             "alpha": cfg.MODEL.ROI_HEADS.COST.ALPHA,
+            "test_soft_nms_sigma": cfg.MODEL.ROI_HEADS.SOFT_NMS_SIGMA_TEST,
             "test_vote_thresh": cfg.MODEL.ROI_HEADS.VOTE_THRESH_TEST,
         }
 
     def inference(self, predictions, proposals):
         """As :meth:`FastRCNNOutputLayers.inference`."""
-        found, kept = super().inference(predictions, proposals)
-        if self.test_vote_thresh == 0:
-            return found, kept
+        if self.test_soft_nms_sigma == self.test_vote_thresh == 0:
+            return super().inference(predictions, proposals)
         boxes = self.predict_boxes(predictions, proposals)
         probs = self.predict_probs(predictions, proposals)
+        soft = self.test_soft_nms_sigma > 0
+        most = self.test_topk_per_image
+        found, kept = fast_rcnn_inference(
+            boxes,
+            probs,
+            [x.image_size for x in proposals],
+            self.test_score_thresh,
+            1.0 if soft else self.test_nms_thresh,  # 1 drops none
+            -1 if soft else most,
+        )
+        if soft:
+            for i, instances in enumerate(found):
+                order, scores = soft_nms(
+                    instances.pred_boxes.tensor,
+                    instances.scores,
+                    instances.pred_classes,
+                    sigma=self.test_soft_nms_sigma,
+                    score_threshold=self.test_score_thresh,
+                    max_boxes=most if most >= 0 else len(instances),
+                )
+                found[i], kept[i] = instances[order], kept[i][order]
+                found[i].scores = scores
+        if self.test_vote_thresh == 0:
+            return found, kept
         for instances, every, scores in zip(found, boxes, probs):
             every = every.view(-1, every.shape[1] // 4, 4)
             every = every.expand(-1, self.num_classes, 4)
@@ -97,6 +136,54 @@ class CostSensitiveFastRCNNOutputLayers(FastRCNNOutputLayers):
         loss_cls = F.cross_entropy(scores.float(), gt_classes, weight=weight)
         losses["loss_cls"] = loss_cls * self.loss_weight.get("loss_cls", 1.0)
         return losses
+
+
+def soft_nms(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    classes: torch.Tensor,
+    *,
+    sigma: float,
+    score_threshold: float = 0.0,
+    max_boxes: int = 100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft-NMS with a Gaussian (Bodla et al. 2017, arXiv:1704.04503, section 3).
+
+    Each box that is taken, the highest scored that is left, lowers the scores of the others of its
+    class by exp(-IoU^2 / sigma) in place of dropping them: a bleed that is met by a box that lies
+    ill has others left.
+
+    Args:
+        boxes: (D, 4), XYXY.
+        scores: (D,), >= 0.
+        classes: (D,).
+        sigma: > 0; the larger, the less overlapping boxes are lowered.
+        score_threshold: >= 0; boxes whose scores do not stay above it are dropped.
+        max_boxes: taken at most.
+
+    Returns:
+        Indices of the boxes taken, by falling score, and their scores.
+    """
+    # One of score 0 for the end, so that there always is a highest.
+    boxes, scores = torch.cat([boxes, boxes.new_zeros(1, 4)]), F.pad(scores, (0, 1))
+    classes = F.pad(classes, (0, 1), value=-1)
+    iou = box_iou(boxes, boxes).nan_to_num(0.0)  # of boxes without area
+    keeps = (-iou.square() / sigma).exp()
+    keeps = torch.where(classes[:, None] == classes, keeps, torch.ones_like(keeps))
+    number = torch.ones_like(scores).cumsum(0)  # not eye: a graph is for any number of boxes
+    keeps = keeps * (number[:, None] != number)
+    steps = max_boxes if torch.jit.is_tracing() else min(max_boxes, len(boxes))
+    order, taken = [], []
+    for _ in range(steps):
+        best = scores.argmax()
+        order.append(best)
+        taken.append(scores[best])
+        scores = scores * keeps[best]
+    if not order:
+        return torch.zeros_like(scores[:0], dtype=torch.long), scores[:0]
+    order, taken = torch.stack(order), torch.stack(taken)
+    good = taken > score_threshold
+    return order[good], taken[good]
 
 
 def vote_boxes(

@@ -8,6 +8,7 @@ import importlib.util
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 from ich_det2.inference import accelerate as module
 from ich_det2.inference.accelerate import accelerate
@@ -81,6 +82,19 @@ def test_an_image_without_proposals(build, backend):
         module.check_equal(model(inputs), fast(inputs), backend, 1e-5)
         twin.proposal_generator.min_box_size = 1000.0
         assert len(fast(inputs)[0]["instances"]) == 0
+
+
+def test_boxes_at_one_place_are_told_apart_by_their_scores():
+    def output(*scores):
+        found = Instances((9, 9), scores=torch.tensor(scores))
+        found.pred_boxes = Boxes(torch.tensor([[1.0, 2.0, 5.0, 6.0]]).repeat(len(scores), 1))
+        found.pred_classes = torch.zeros(len(scores))
+        return {"instances": found}
+
+    module.check_equal([output(0.9, 0.5, 0.1)], [output(0.5, 0.9, 0.1)], "onnx", 1e-5)
+    for other in (output(0.9, 0.4, 0.1), output(0.9, 0.1)):
+        with pytest.raises(ValueError, match="scores differ by"):
+            module.check_equal([output(0.9, 0.5, 0.1)], [other], "onnx", 1e-5)
 
 
 @pytest.mark.parametrize("fault", ["scores", "boxes"])

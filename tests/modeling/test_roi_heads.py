@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, batched_nms
 from detectron2.modeling import build_roi_heads
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.ops import box_iou
 
 from ich_det2.modeling.roi_heads import (
     CostSensitiveCascadeROIHeads,
@@ -17,6 +20,7 @@ from ich_det2.modeling.roi_heads import (
     CostSensitiveRes5ROIHeads,
     CostSensitiveROIHeads,
     build_cost_sensitive_predictor,
+    soft_nms,
     vote_boxes,
 )
 
@@ -219,6 +223,87 @@ def test_boxes_vote_within_their_class_and_scores_stay(agnostic):
     torch.testing.assert_close(voted.pred_boxes.tensor, expected)
     (outside,), _ = infer(1.0)
     assert torch.equal(outside.pred_boxes.tensor, stock.pred_boxes.tensor)
+
+
+# ---- soft NMS ------------------------------------------------------------------------------------
+
+
+def test_soft_nms_by_hand():
+    # IoU of the first with the second 80 / 120 = 2/3, with the third 50 / 150 = 1/3, with the
+    # fourth 0; of the second with the third 0.8 * 0.5 / (2 - 0.4) = 0.25.
+    boxes = torch.tensor([BOX, [0, 2, 10, 12], [5, 0, 15, 10], [30, 0, 40, 9]]).float()
+    scores, one = torch.tensor([0.8, 0.7, 0.6, 0.3]), torch.zeros(4)
+    order, found = soft_nms(boxes, scores, one, sigma=0.5)
+    second, third = 0.7 * math.exp(-8 / 9), 0.6 * math.exp(-2 / 9)
+    assert order.tolist() == [0, 2, 3, 1]
+    second *= math.exp(-2 * 0.25**2)
+    torch.testing.assert_close(found, torch.tensor([0.8, third, 0.3, second]))
+    order, found = soft_nms(boxes, scores, one, sigma=0.5, score_threshold=0.3, max_boxes=3)
+    assert order.tolist() == [0, 2]  # a score is above the threshold, as Detectron2's
+    assert soft_nms(boxes, scores, one, sigma=0.5, max_boxes=1)[0].tolist() == [0]
+    order, found = soft_nms(boxes, scores, torch.arange(4), sigma=0.5)
+    assert order.tolist() == [0, 1, 2, 3] and torch.equal(found, scores)
+
+
+def test_soft_nms_of_nothing_and_of_boxes_without_area():
+    for boxes, max_boxes in (([], 100), ([BOX], 0)):
+        boxes = torch.tensor(boxes).reshape(-1, 4)
+        one = torch.ones(len(boxes))
+        order, scores = soft_nms(boxes, one, one, sigma=0.1, max_boxes=max_boxes)
+        assert len(order) == len(scores) == 0
+        assert boxes[order].shape == (0, 4)
+    scores = torch.tensor([0.2, 0.4])
+    order, found = soft_nms(torch.zeros(2, 4), scores, torch.zeros(2), sigma=0.1)
+    assert order.tolist() == [1, 0] and torch.equal(found, scores.flip(0))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 30), st.floats(0.05, 2))
+def test_soft_nms_lowers_scores_and_takes_the_first_box_of_nms(seed, number, sigma):
+    generator = torch.Generator().manual_seed(seed)
+    corner, side = (20 * torch.rand(2, number, 2, generator=generator)).unbind()
+    boxes, scores = torch.cat([corner, corner + side], 1), torch.rand(number, generator=generator)
+    classes = torch.randint(2, (number,), generator=generator)
+    order, found = soft_nms(boxes, scores, classes, sigma=sigma)
+    assert order.tolist() == [*dict.fromkeys(order.tolist())]  # none twice
+    assert (found <= scores[order]).all() and (found.diff() <= 0).all()
+    assert len(order) == number or (found > 0).all()
+    # By a small sigma all that overlaps is lowered to nothing, as it is dropped by NMS at 0.
+    iou = box_iou(boxes, boxes)
+    if ((iou == 0) | (iou > 0.01)).all():
+        order, _ = soft_nms(boxes, scores, classes, sigma=1e-9)
+        assert torch.equal(order, batched_nms(boxes, scores, classes, 0.0))
+
+
+def test_soft_nms_takes_the_place_of_nms_in_the_test():
+    boxes = [BOX, [0.0, 2.0, 10.0, 12.0], [30.0, 0.0, 40.0, 9.0]]
+    proposals = Instances((64, 64), proposal_boxes=Boxes(torch.tensor(boxes)))
+    p = torch.tensor([[0.6, 0.4], [0.9, 0.1], [0.3, 0.7]])
+
+    def infer(**kwargs):
+        settings = {"test_score_thresh": 0.05, "test_nms_thresh": 0.3} | kwargs
+        predictor = layers(1.0, num_classes=1, **settings)
+        (found,), (kept,) = predictor.inference((p.log(), torch.zeros(3, 4)), [proposals])
+        return found, kept.tolist()
+
+    stock, kept = infer()
+    assert kept == [1, 2]
+    found, kept = infer(test_soft_nms_sigma=0.5)
+    lowered = 0.6 * math.exp(-8 / 9)
+    assert kept == [1, 2, 0]
+    torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.3, lowered]))
+    assert found.pred_boxes.tensor.tolist() == [boxes[i] for i in kept]
+    found, kept = infer(test_soft_nms_sigma=0.5, test_topk_per_image=1)
+    assert kept == [1] and torch.equal(found.scores, stock.scores[:1])
+    # All have a vote, by their own scores: (0.9 * 2 + 0.6 * 0) / 1.5 = 1.2.
+    found, _ = infer(test_soft_nms_sigma=0.5, test_vote_thresh=0.5)
+    voted = torch.tensor([[0.0, 1.2, 10.0, 11.2], boxes[2], [0.0, 1.2, 10.0, 11.2]])
+    torch.testing.assert_close(found.pred_boxes.tensor, voted)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, math.inf, math.nan])
+def test_bad_sigma_of_soft_nms_is_an_error(sigma):
+    with pytest.raises(ValueError, match="SOFT_NMS_SIGMA_TEST is"):
+        layers(1.0, test_soft_nms_sigma=sigma)
 
 
 def test_no_proposal_has_no_vote():
