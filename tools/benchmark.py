@@ -37,7 +37,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from ich_det2.cli import guard, quiet_imports
+from ich_det2.cli import guard, keep_freed_memory, quiet_imports
 
 with quiet_imports():
     import numpy as np
@@ -278,6 +278,7 @@ def measure_config(file: Path, size: int, batch: int, steps: int, warmup: int, t
 
     CPU seconds are those of all threads together, which other programs on the machine change less.
     """
+    keep_freed_memory()  # as tools/train_net.py
     torch.set_num_threads(threads)
     cfg = load_config(file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
     thaw_without_weights(cfg)

@@ -29,7 +29,13 @@ import signal
 import sys
 from pathlib import Path
 
-from ich_det2.cli import guard, log_to_terminal, quiet_imports, silence_libraries
+from ich_det2.cli import (
+    guard,
+    keep_freed_memory,
+    log_to_terminal,
+    quiet_imports,
+    silence_libraries,
+)
 
 with quiet_imports():
     import torch
@@ -110,6 +116,7 @@ def evaluate(args, cfg) -> dict:
 
 def set_up(args, cfg) -> None:
     """As Detectron2's ``default_setup``, but for config.yaml, which is the run's record."""
+    keep_freed_memory()
     Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     rank = comm.get_rank()
     for name in ("fvcore", "ich_det2", "detectron2"):
