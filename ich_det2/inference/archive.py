@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ..dicom_out import check_dicom_output, write_dicom
-from ..files import nested, sha256, write_atomically, write_csv
+from ..files import nested, sha256, walk, write_atomically, write_csv
 from ..version import __version__
 from . import ENGINES
 from .api import diagnose
@@ -30,6 +31,8 @@ FIELDS = (
 """Columns of ``studies.csv``."""
 
 _RECORD = "archive.json"
+_STATES = ".states"
+"""Folder of a file for each study that is done: of which files. No study is named so."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", re.ASCII)
 # Of the settings, what changes nothing in the answers; the weights are known by their SHA-256.
 _ANY = ("model", "output", "dicom_output", "device", "batch_size", "threads")
@@ -119,7 +122,8 @@ def diagnose_archive(
     workers: int = 1,
     progress: Callable[[dict], None] = lambda row: None,
 ) -> list[dict]:
-    """Diagnoses studies; those that an earlier run has finished are not diagnosed again.
+    """Diagnoses studies; those that an earlier run has finished are not diagnosed again, unless
+    their files have changed since: names, sizes or times of change.
 
     Each study is in ``output/<name>/`` whole or not at all. One that fails is noted with the
     reason, the others go on, and the next run tries it again.
@@ -153,12 +157,11 @@ def diagnose_archive(
     rows: dict[str, dict] = {}
     left = []
     for job in jobs:
-        found = _finished(output, job.name)
-        if found is None:
-            left.append(job)
+        if _is_current(output, job):
+            rows[job.name] = _finished(output, job.name)
+            progress(rows[job.name] | {"status": "skipped"})
         else:
-            rows[job.name] = found
-            progress(found | {"status": "skipped"})
+            left.append(job)
     run = {"local": _run_local, "ray": _run_on_ray}[engine]
     try:
         for row in run(left, settings, workers):
@@ -205,14 +208,31 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
         json.dump(own, file, indent=1)
 
 
-def _finished(output: Path, name: str) -> dict | None:
+def _is_current(output: Path, job: Job) -> bool:
+    """Whether a study is done, of the files that are there now; or are not there any more."""
+    state, stored = _state(job), output / _STATES / job.name
+    if not (output / job.name / "diagnosis.json").is_file():
+        return False
+    return state is None or stored.is_file() and stored.read_text(encoding="ascii") == state
+
+
+def _state(job: Job) -> str | None:
+    """What changes with the names, sizes and times of a study's files; None without a path."""
+    digest = hashlib.sha256()
+    for path in map(Path, job.paths):
+        if not path.exists():
+            return None
+        for file in walk(path) if path.is_dir() else [path]:
+            about = file.stat()
+            name = os.fsencode(os.path.relpath(file, path))
+            digest.update(b"%s\0%d %d\n" % (name, about.st_size, about.st_mtime_ns))
+    return digest.hexdigest()
+
+
+def _finished(output: Path, name: str) -> dict:
     """The row of a study that is done."""
-    path = output / name / "diagnosis.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    patients = content["patients"]
+    text = (output / name / "diagnosis.json").read_text(encoding="utf-8")
+    patients = json.loads(text)["patients"]
     return _row(name, patients, [p["complete"] for p in patients])
 
 
@@ -257,6 +277,7 @@ class Reader:
         """Diagnoses and writes a study; returns its row, whatever happens to it."""
         own = self._settings
         try:
+            state = _state(job)  # what changes while it is read is seen the next time
             diagnosis = diagnose(
                 list(job.paths),
                 self._model,
@@ -265,6 +286,8 @@ class Reader:
                 any_body_part=own.any_body_part,
             )
             self._write(job, diagnosis)
+            if state is not None:
+                self._note(job, state)
         except Exception as error:  # one study ends no other
             return _failed(job.name, error)
         return _finished(Path(own.output), job.name)
@@ -274,8 +297,15 @@ class Reader:
         if own.dicom:
             folder = Path(own.dicom_output) / job.name
             write_dicom(diagnosis, folder, own.dicom, sr_class=own.sr_class, force=True)
-        # The last, since it says that the study is done.
-        diagnosis.write(Path(own.output) / job.name, overlays=own.overlays, viewer=own.viewer)
+        folder = Path(own.output) / job.name
+        diagnosis.write(folder, overlays=own.overlays, viewer=own.viewer, force=True)
+
+    def _note(self, job: Job, state: str) -> None:
+        """Says, at last, of which files the study is done."""
+        folder = Path(self._settings.output) / _STATES
+        folder.mkdir(exist_ok=True)
+        with write_atomically(folder / job.name) as file:
+            file.write(state)
 
 
 # ---- on this machine -----------------------------------------------------------------------------

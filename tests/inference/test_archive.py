@@ -58,6 +58,7 @@ def test_each_study_has_a_folder_and_a_row(jobs, settings, tmp_path):
     rows = diagnose_archive(jobs, settings(), progress=told.append)
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
+        ".states",
         "archive.json",
         "s0",
         "s1",
@@ -87,6 +88,38 @@ def test_what_is_done_is_not_done_again_and_what_failed_is_tried_again(
     assert [row["status"] for row in rows] == ["done"] * 4
     assert sorted(row["status"] for row in told) == ["done", "skipped", "skipped", "skipped"]
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
+
+
+def test_what_has_changed_is_done_anew(jobs, settings, tmp_path, exams):
+    place = tmp_path / "studies"
+    shutil.copytree(exams, place)
+    jobs = [Job(job.name, (str(place / Path(job.paths[0]).name),)) for job in jobs]
+    diagnose_archive(jobs, settings())
+
+    def again():
+        told = []
+        rows = diagnose_archive(jobs, settings(), progress=told.append)
+        return {row["study"]: (row["status"], row["n_slices"]) for row in told}, rows
+
+    assert {*again()[0].values()} == {("skipped", 4)}
+    late, *_ = (place / "exam0").iterdir()
+    os.utime(late, ns=(0, 0))  # another content of the same size
+    (place / "exam1/late.dcm").write_bytes(
+        write_exam(tmp_path / "x", seed=1, size=64)[4].read_bytes()
+    )
+    shutil.rmtree(place / "exam2")
+    told, rows = again()
+    assert told == {"s0": ("done", 4), "s1": ("done", 5), "s2": ("skipped", 4)}
+    assert [row["status"] for row in rows] == ["done"] * 3 and table(tmp_path / "out") == [
+        {k: str(v) for k, v in row.items()} for row in rows
+    ]
+    assert {*again()[0].values()} == {("skipped", 4), ("skipped", 5)}
+    # One that cannot be read any more is no longer done.
+    for path in (place / "exam1").iterdir():
+        path.write_bytes(b"no image")
+    told, _ = again()
+    assert told["s1"][0] == "failed"
+    assert again()[0]["s1"][0] == "failed"
 
 
 def test_results_of_other_settings_are_not_mixed(jobs, settings, tmp_path):
