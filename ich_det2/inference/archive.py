@@ -210,9 +210,9 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
 
 def _is_current(output: Path, job: Job) -> bool:
     """Whether a study is done, of the files that are there now; or are not there any more."""
-    state, stored = _state(job), output / _STATES / job.name
     if not (output / job.name / "diagnosis.json").is_file():
         return False
+    state, stored = _state(job), output / _STATES / job.name
     return state is None or stored.is_file() and stored.read_text(encoding="ascii") == state
 
 

@@ -146,13 +146,10 @@ def left_out(labels: np.ndarray, groups: Sequence) -> list[tuple[np.ndarray, np.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    names, numbers = {}, []
-    for group in groups:
-        numbers.append(names.setdefault(group, len(names)))
-    numbers = np.array(numbers)
-    most = min(FOLDS, *(len({*numbers[labels == label]}) for label in (0, 1)))
+    groups = np.asarray(groups)
+    most = min(FOLDS, *(len({*groups[labels == label]}) for label in (0, 1)))
     for n in range(most, 1, -1):
-        folds = list(StratifiedGroupKFold(n).split(labels, labels, numbers))
+        folds = list(StratifiedGroupKFold(n).split(labels, labels, groups))
         if all(len({*labels[kept]}) == 2 for kept, _ in folds):
             return folds
     return []

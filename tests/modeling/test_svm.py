@@ -27,7 +27,7 @@ def sample():
     return features, labels
 
 
-PATIENTS = [f"p{i // 4}" for i in range(60)]
+PATIENTS = [f"p{i // 4:02d}" for i in range(60)]
 """Of the sample, four slices each."""
 
 
