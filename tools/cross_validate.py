@@ -48,7 +48,7 @@ with quiet_imports():
         write_predictions,
     )
     from ich_det2.evaluation.yardstick import Yardstick, paired_differences
-    from ich_det2.experiments.cells import Cell, run_cells
+    from ich_det2.experiments.cells import Cell, check_cells, run_cells
     from ich_det2.experiments.results import spread
     from ich_det2.files import write_atomically, write_csv
 
@@ -302,8 +302,7 @@ def run(args) -> int:
     cells = [build_cell(args, f, seed, i) for seed in seeds for f in args.forms for i in folds]
     failures: list[str] = []
     if args.report_only:
-        for cell in cells:
-            cell.check()
+        check_cells(cells)
     else:
         failures = run_cells(cells, ROOT / "tools/train_net.py", jobs=args.jobs)
     write_tables(args)

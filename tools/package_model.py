@@ -70,6 +70,7 @@ def run(args) -> None:
     with write_atomically(target.config) as file:
         file.write(cfg.dump())
     record = {"data_root": data, "versions": versions(), "trained_weights": hash_of(weights)}
+    record["data"] = RunFolder(args.run).read_record().get("data", {})
     write_json(target.record, record)
     metrics = {name: float(value) for name, value in Yardstick(found).metrics().items()}
     write_json(args.output / "out_of_fold.json", metrics)

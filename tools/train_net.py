@@ -48,11 +48,13 @@ with quiet_imports():
     from torch.multiprocessing import ProcessExitedException
 
     from ich_det2.data import register_ich_datasets
+    from ich_det2.data.datasets import fingerprints
     from ich_det2.engine import IchCheckpointer, IchTrainer
     from ich_det2.engine.checks import check_config, check_processes
     from ich_det2.engine.config import dataset_settings, load_config
     from ich_det2.engine.launched import Launched
     from ich_det2.engine.operating_point import find_operating_point
+    from ich_det2.engine.partitions import names_of
     from ich_det2.engine.report import write_reports
     from ich_det2.engine.run_folder import RunFolder
     from ich_det2.engine.signals import Interrupted, interrupts, on_signals
@@ -77,7 +79,7 @@ def train(args, cfg, stopped=None) -> dict:
     resume = args.resume and run.checkpoint() is not None
     with interrupts() if stopped is None else contextlib.nullcontext():
         if comm.is_main_process() and not resume:
-            run.begin(cfg)
+            run.begin(cfg, fingerprints(names_of(cfg)))
         comm.synchronize()
         set_up(args, cfg)
         trainer = IchTrainer(cfg)
@@ -97,7 +99,8 @@ def train(args, cfg, stopped=None) -> dict:
 def evaluate(args, cfg) -> dict:
     """Tests trained weights."""
     trained = RunFolder.beside(cfg.MODEL.WEIGHTS)
-    differs = trained.answers_differ(cfg)
+    data = fingerprints(cfg.DATASETS.TEST)
+    differs = trained.answers_differ(cfg, data)
     set_up(args, cfg)
     model = IchTrainer.build_model(cfg)
     IchCheckpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -105,7 +108,7 @@ def evaluate(args, cfg) -> dict:
     cfg.defrost()
     point = find_operating_point(cfg, Path(cfg.MODEL.WEIGHTS))
     if comm.is_main_process():
-        RunFolder(cfg.OUTPUT_DIR).begin_evaluation(given, differs, point)
+        RunFolder(cfg.OUTPUT_DIR).begin_evaluation(given, data, differs, point)
     comm.synchronize()
     results = IchTrainer.test(cfg, model)
     if comm.is_main_process():

@@ -1,7 +1,9 @@
 """VOC trees of head CT as Detectron2 datasets."""
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -199,6 +201,62 @@ def check_images(dicts: Sequence[dict]) -> None:
                     f"{d['file_name']} is {width} x {height} pixels, but its annotation says"
                     f" {d['width']} x {d['height']}; the boxes were drawn on another image."
                 )
+
+
+def fingerprints(names: Iterable[str]) -> dict[str, dict]:
+    """What is in datasets now, for a record with which it can be compared later.
+
+    Args:
+        names: of datasets; those that are not in Detectron2's ``DatasetCatalog`` are left out.
+
+    Returns:
+        :func:`fingerprint` by name.
+
+    Raises:
+        FileNotFoundError, ValueError: of a dataset that cannot be read.
+    """
+    known = DatasetCatalog.list()
+    return {n: fingerprint(DatasetCatalog.get(n)) for n in dict.fromkeys(names) if n in known}
+
+
+def fingerprint(dicts: Sequence[dict]) -> dict[str, int | str]:
+    """What tells a dataset from the same one after a change: of its slices, their order, their
+    truth, patients and places, or of a file. An image counts by its file's name and size, wherever
+    its folder is; its pixels are not read. The settings with which it is read play no part.
+
+    Args:
+        dicts: Detectron2's dataset dicts.
+
+    Returns:
+        "images" and "boxes", their numbers, "sha256" of what is known of all, and "masks", that of
+        the masks where these were read.
+    """
+    all_known, all_masks, boxes = hashlib.sha256(), hashlib.sha256(), 0
+    masked = False
+    for d in dicts:
+        path = Path(d["file_name"])
+        known = {key: value for key, value in d.items() if key not in _OF_SETTINGS}
+        known["file"] = path.name, path.stat().st_size if path.is_file() else None
+        known["annotations"], masks = [], []
+        for annotation in d.get("annotations", ()):
+            name = "type" if "type" in annotation else "category_id"
+            known["annotations"].append([annotation["bbox"], annotation[name]])
+            masks.append(annotation.get("segmentation"))
+        boxes += len(masks)
+        masked |= any(masks)
+        for digest, value in ((all_known, known), (all_masks, masks)):
+            digest.update(json.dumps(value, sort_keys=True, default=_as_json).encode() + b"\n")
+    found = {"images": len(dicts), "boxes": boxes, "sha256": all_known.hexdigest()}
+    return found | ({"masks": all_masks.hexdigest()} if masked else {})
+
+
+# Of a dataset dict, what follows from files and settings, and what a fingerprint has otherwise.
+_OF_SETTINGS = frozenset(("file_name", "annotations", "crop", "context_files", "scan_files"))
+
+
+def _as_json(value):
+    """What JSON has no form for: bytes of run lengths, NumPy's arrays and numbers."""
+    return value.decode("latin-1") if isinstance(value, bytes) else value.tolist()
 
 
 def _count_cut(dicts: Sequence[dict]) -> None:

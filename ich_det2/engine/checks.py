@@ -16,7 +16,7 @@ from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from .. import zoo
-from ..data.datasets import check_images, register_ich_datasets
+from ..data.datasets import check_images, fingerprints, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import metric_names
 from ..modeling import KnownMaskHead
@@ -125,6 +125,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         take_trained_plan(cfg, run.path)
         run.check_continues(cfg)
     read = _check_data(cfg, eval_only)
+    if continues:
+        run.check_same_data(fingerprints(read))
     _check_read(cfg, trained if continues or eval_only else None, training=not eval_only)
     if not eval_only:
         _check_best_metric(cfg, read)
@@ -171,9 +173,10 @@ def _check_read(cfg: CfgNode, trained: RunFolder | None, *, training: bool) -> N
 
 
 def _place_evaluation(cfg: CfgNode, run: RunFolder, trained: RunFolder) -> None:
-    if differs := trained.answers_differ(cfg):
+    data = fingerprints(cfg.DATASETS.TEST)
+    if differs := trained.answers_differ(cfg, data):
         logger.warning("A what-if: the model was trained with %s.", in_words(differs))
-    place = run.place_of(cfg)
+    place = run.place_of(cfg, data)
     if place is not run:
         logger.warning("The results are written to %s.", place.path)
         cfg.OUTPUT_DIR = str(place.path)

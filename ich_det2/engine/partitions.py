@@ -10,6 +10,11 @@ ROLES = ("TRAIN", "VAL", "TEST")
 """Keys under DATASETS."""
 
 
+def names_of(cfg: CfgNode) -> list[str]:
+    """The datasets that a config trains, selects and tests on, each once."""
+    return list(dict.fromkeys(name for role in ROLES for name in cfg.DATASETS[role]))
+
+
 def overlaps(
     cfg: CfgNode,
     roles: Sequence[str] = ROLES,

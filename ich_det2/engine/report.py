@@ -7,6 +7,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from ..data.datasets import fingerprints
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.mask_evaluator import read_summary
 from ..evaluation.operating_point import OperatingPoint
@@ -22,8 +23,8 @@ from .config import (
     is_segmenter,
 )
 from .operating_point import build_settings
-from .partitions import ROLES, overlaps, patients_of
-from .run_folder import RunFolder, versions
+from .partitions import ROLES, names_of, overlaps, patients_of
+from .run_folder import RunFolder, in_words, versions
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,11 @@ def _partitions(cfg: CfgNode, trained: RunFolder) -> dict[str, str]:
         }
     used = trained.read_config()
     used.DATASETS.TEST = cfg.DATASETS.TEST
-    names = dict.fromkeys(name for role in ROLES for name in used.DATASETS[role])
+    names = names_of(used)
     if any(name not in DatasetCatalog for name in names):
         return {}
+    if differs := trained.changed_data(fingerprints(names)):
+        return {"disjoint": f"Not checked: data have changed since training: {in_words(differs)}."}
     read = functools.cache(DatasetCatalog.get)
     sizes = ", ".join(f"{name} {len(patients_of([name], read))} patients" for name in names)
     roles = {"TRAIN": "trained on", "VAL": "selected on", "TEST": "tested on"}

@@ -51,6 +51,9 @@ _OF_A_TRAINING = (
 )
 EXPECTED = "expected OUTPUT_DIR of a training run by tools/train_net.py"
 
+Fingerprints = Mapping[str, Mapping]
+"""By name of a dataset what is in it, of :func:`ich_det2.data.datasets.fingerprints`."""
+
 
 def _file(name: str) -> property:
     return property(lambda self: self.path / name, doc=f"Path of {name}.")
@@ -246,14 +249,32 @@ class RunFolder:
                 " it is, or train anew in another OUTPUT_DIR."
             )
 
-    def begin(self, cfg: CfgNode) -> None:
+    def check_same_data(self, data: Fingerprints) -> None:
+        """Whether a training that goes on here has the data that it began with.
+
+        Raises:
+            ValueError: if a dataset has changed since.
+        """
+        if differs := self.changed_data(data):
+            raise ValueError(
+                f"--resume goes on with the data of {self.record}, which have changed since:"
+                f" {in_words(differs)}; put them back as they were, or train anew in another"
+                f" OUTPUT_DIR (MODEL.WEIGHTS '{self.path / 'model_*.pth'}' starts from this model)."
+            )
+
+    def begin(self, cfg: CfgNode, data: Fingerprints | None = None) -> None:
         """Writes the record of a training that starts here; it is never changed afterwards.
 
         What a training that never reached a checkpoint has left is set aside.
+
+        Args:
+            cfg: with which.
+            data: what is in its datasets, see :func:`fingerprints`; None where that is not known.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._set_aside()
-        record = {"started": _now(), **_origin(cfg, "initial_weights"), "resumed": []}
+        origin = _origin(cfg, "initial_weights")
+        record = {"started": _now(), **origin, "data": data or {}, "resumed": []}
         write_json(self.record, record)
         self._write_config(cfg)
 
@@ -279,27 +300,33 @@ class RunFolder:
 
     # ---- an evaluation -----------------------------------------------------------------------
 
-    def place_of(self, cfg: CfgNode) -> "RunFolder":
+    def place_of(self, cfg: CfgNode, data: Fingerprints) -> "RunFolder":
         """Where the evaluation of ``MODEL.WEIGHTS`` is written: here, if it is of the model, the
         settings and the data of the record, or if there is no record; else in a what-if of its
         own."""
-        differs, weights = self.answers_differ(cfg), cfg.MODEL.WEIGHTS
+        differs, weights = self.answers_differ(cfg, data), cfg.MODEL.WEIGHTS
         if self.config.is_file() and not self._evaluates(weights):
             differs["MODEL.WEIGHTS"] = ("", hash_of(weights) or weights)
         if not differs:
             return self
         values = json.dumps([(key, now) for key, (_, now) in sorted(differs.items())])
         digest = hashlib.sha256(values.encode()).hexdigest()[:8]
-        names = "-".join(dict.fromkeys(key.split(".")[-1].lower() for key in sorted(differs)))
+        words = (re.split(r"[. ]", key)[-1].lower() for key in sorted(differs))
+        names = "-".join(dict.fromkeys(words))
         return RunFolder(self.path / _WHAT_IF / f"{names[:60]}-{digest}")
 
     def begin_evaluation(
-        self, cfg: CfgNode, differs: Differences, point: OperatingPoint | None
+        self,
+        cfg: CfgNode,
+        data: Fingerprints,
+        differs: Differences,
+        point: OperatingPoint | None,
     ) -> None:
         """Writes what is evaluated here, but not over the record of a training.
 
         Args:
             cfg: with which; its ``MODEL.WEIGHTS`` are the model's.
+            data: what is in DATASETS.TEST.
             differs: how that differs from what the model was trained with.
             point: the model's operating point, if it has one.
         """
@@ -307,30 +334,55 @@ class RunFolder:
         if self.config.is_file() and not self.evaluation.is_file():
             return
         words = {key: {"trained": before, "here": now} for key, (before, now) in differs.items()}
-        note = {"evaluated": _now(), **_origin(cfg, "weights"), "differs": words}
+        note = {"evaluated": _now(), **_origin(cfg, "weights"), "data": data, "differs": words}
         write_json(self.evaluation, note)
         if point is not None:
             point.save(self.operating_point)
         self._write_config(cfg)
 
-    def answers_differ(self, cfg: CfgNode) -> Differences:
-        """How a config with which the model here is evaluated differs from what it was trained
-        with; empty where that is not known."""
+    def answers_differ(self, cfg: CfgNode, data: Fingerprints) -> Differences:
+        """How a config and the data with which the model here is evaluated differ from what it was
+        trained with; empty where that is not known.
+
+        Args:
+            cfg: of the evaluation.
+            data: what is in its DATASETS.TEST.
+        """
         if not self.config.is_file():
             return {}
         differs = change_answers(differences(self.read_config(), cfg))
-        if self.data_differ(cfg) and any(name.startswith("ich_") for name in cfg.DATASETS.TEST):
+        known = self._known.get("data", {})
+        unknown = any(n.startswith("ich_") and n not in known for n in cfg.DATASETS.TEST)
+        if unknown and self.data_differ(cfg):
             differs["DATASETS.ICH_ROOT"] = (self.data_root(), cfg.DATASETS.ICH_ROOT)
-        return differs
+        return differs | self.changed_data(data)
+
+    def changed_data(self, data: Fingerprints) -> Differences:
+        """The datasets of the record that are not any more what they were, in words; one that the
+        record does not know is left out.
+
+        Args:
+            data: what is in them now.
+        """
+        known = self._known.get("data", {})
+        pairs = {name: (known[name], now) for name, now in data.items() if name in known}
+        return {
+            f"data set {name}": tuple(map(_count, pair))
+            for name, pair in pairs.items()
+            if any(pair[0][key] != pair[1][key] for key in pair[0].keys() & pair[1].keys())
+        }
 
     def data_root(self) -> str:
         """DATASETS.ICH_ROOT of the record, absolute if that is known."""
-        known = self.read_record() or _read_json(self.evaluation)
-        return known.get("data_root", self.read_config().DATASETS.ICH_ROOT)
+        return self._known.get("data_root", self.read_config().DATASETS.ICH_ROOT)
 
     def data_differ(self, cfg: CfgNode) -> bool:
         """Whether a config reads another VOC tree than the record."""
         return Path(self.data_root()).resolve() != Path(cfg.DATASETS.ICH_ROOT).resolve()
+
+    @property
+    def _known(self) -> dict:
+        return self.read_record() or _read_json(self.evaluation)
 
     def _evaluates(self, weights: str) -> bool:
         """Whether weights are a model's that evaluations here are of."""
@@ -410,6 +462,11 @@ def _origin(cfg: CfgNode, weights: str) -> dict:
         "data_root": str(Path(cfg.DATASETS.ICH_ROOT).resolve()),
         weights: {"name": Path(path).name, "sha256": hash_of(path)},
     }
+
+
+def _count(data: Mapping) -> str:
+    """A fingerprint in words."""
+    return ", ".join(f"{key} {str(value)[:12]}" for key, value in data.items())
 
 
 def _now() -> str:

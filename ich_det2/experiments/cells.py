@@ -16,13 +16,16 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from ..engine.config import differences, load_config, plain_settings
-from ..engine.run_folder import RunFolder
+from ..data.datasets import fingerprints, register_ich_datasets
+from ..engine.config import dataset_settings, differences, load_config, plain_settings
+from ..engine.partitions import names_of
+from ..engine.run_folder import Fingerprints, RunFolder
 from ..files import write_json
 
 _GRACE_SECONDS = 60.0
@@ -64,24 +67,40 @@ class Cell:
         """
         return plain_settings(load_config(self.config, self.arguments()))
 
-    def check(self) -> None:
-        """Compares with what is in the folder; keys that only one of both knows are left out.
 
-        Raises:
-            FileNotFoundError, ValueError: if the config is wrong, or the folder holds a training
-                of other settings.
-        """
-        settings, run = self.settings(), self.run
+def check_cells(cells: Sequence[Cell]) -> None:
+    """Compares cells with what is in their folders; keys that only one of both knows are left out,
+    and so are data that are not there any more.
+
+    Raises:
+        FileNotFoundError, ValueError: if a config is wrong, or a folder holds a training of other
+            settings, or of data that have changed since.
+    """
+    read = cache(_read_data)  # cells share their data
+    for cell in cells:
+        cfg, run = load_config(cell.config, cell.arguments()), cell.run
         # A run that never reached a checkpoint has nothing to mix up.
-        begun = self.finished or run.checkpoint() is not None
+        begun = cell.finished or run.checkpoint() is not None
         if not begun or not run.settings.is_file():
-            return
+            continue
         before = json.loads(run.settings.read_text(encoding="utf-8"))
-        for key, (trained, expected) in sorted(differences(before, settings).items()):
+        differs = differences(before, plain_settings(cfg))
+        root, classes = cfg.DATASETS.ICH_ROOT, tuple(cfg.DATASETS.ICH_CLASSES)
+        if not differs and Path(root).is_dir():
+            settings = tuple(dataset_settings(cfg).items())
+            differs = run.changed_data(read(root, classes, settings, tuple(names_of(cfg))))
+        for key, (trained, expected) in sorted(differs.items()):
             raise ValueError(
-                f"{self.folder}: was trained with {key} {trained!r}, expected {expected!r}; remove"
+                f"{cell.folder}: was trained with {key} {trained!r}, expected {expected!r}; remove"
                 " that folder to train it again, or give another output."
             )
+
+
+def _read_data(
+    root: str, classes: Sequence[str], settings: Sequence[tuple[str, object]], names: Sequence[str]
+) -> Fingerprints:
+    register_ich_datasets(root, classes, **dict(settings))
+    return fingerprints(names)
 
 
 def run_cells(cells: Sequence[Cell], train_net: Path, *, jobs: int = 1) -> list[str]:
@@ -99,12 +118,11 @@ def run_cells(cells: Sequence[Cell], train_net: Path, *, jobs: int = 1) -> list[
         What went wrong, a sentence for each cell that failed.
 
     Raises:
-        FileNotFoundError, ValueError: of :meth:`Cell.check`, before anything is started.
+        FileNotFoundError, ValueError: of :func:`check_cells`, before anything is started.
     """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}, expected at least 1.")
-    for cell in cells:
-        cell.check()
+    check_cells(cells)
     runner, failures = _Runner(train_net, jobs), []
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with _exit_on_signals(), Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:

@@ -24,7 +24,7 @@ from ..evaluation.visualize import draw_predictions
 from ..evaluation.yardstick import Yardstick
 from ..files import write_atomically, write_csv, write_json
 from . import figures
-from .cells import Cell
+from .cells import Cell, check_cells
 from .cost import read_cost
 from .results import (
     SEED,
@@ -170,16 +170,14 @@ def report(cfg: DictConfig, cells: Sequence[Cell]) -> str:
         The table as Markdown, and which cells are missing.
 
     Raises:
-        FileNotFoundError, ValueError: if a cell was trained with other settings, or its results
-            are not whole.
+        FileNotFoundError, ValueError: of :func:`check_cells`, or if results are not whole.
     """
     folder = Path(cfg.folder)
     folder.mkdir(parents=True, exist_ok=True)
     done = [cell for cell in cells if cell.finished]
     if cells and not done:
         return f"No cell of {folder} is finished."
-    for cell in done:
-        cell.check()
+    check_cells(done)
     # What has a cell's own values in it cannot be resolved for all.
     settings = {k: v for k, v in _settings(cfg).items() if k not in ("config", "opts", "opts_by")}
     settings = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)

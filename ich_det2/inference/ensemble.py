@@ -86,7 +86,7 @@ def combine_runs(
         for i, file in enumerate(files)
         for key, value in load_tensors(file)["model"].items()
     }
-    run.begin(cfg)
+    run.begin(cfg, RunFolder(runs[0]).read_record().get("data"))
     with write_atomically(run.final, "wb") as file:
         torch.save({"model": state}, file)
     return run.final

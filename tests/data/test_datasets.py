@@ -10,7 +10,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from ich_det2.data import load_ich_voc, register_ich_datasets, register_ich_voc
-from ich_det2.data.datasets import check_images
+from ich_det2.data.datasets import check_images, fingerprint, fingerprints
 
 SICK = [("EDH", (11, 21, 30, 40))]
 KINDS = pytest.mark.parametrize("kind", ["png", "dicom"])
@@ -24,6 +24,82 @@ def names():
     for name in set(DatasetCatalog.list()) - before:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+# ---- fingerprints ------------------------------------------------------------------------------
+
+
+def mark(**settings):
+    return lambda root: fingerprint(load_ich_voc(root, "train", **settings))
+
+
+def rewrite(name, before, after):
+    def change(root):
+        text = (root / name).read_text()
+        assert before in text
+        (root / name).write_text(text.replace(before, after))
+
+    return change
+
+
+CHANGES = {
+    "a label": rewrite("labels.csv", "b,0", "b,1"),
+    "a box": rewrite("Annotations/a.xml", "<xmax>30<", "<xmax>31<"),
+    "a type": rewrite("Annotations/a.xml", "EDH", "SDH"),
+    "a patient": rewrite("patients.csv", "b,p2", "b,p1"),
+    "a place": rewrite("patients.csv", "5.0", "7.5"),
+    "an order": rewrite("ImageSets/Main/train.txt", "a\nb", "b\na"),
+    "a list": rewrite("ImageSets/Main/train.txt", "a\nb", "a"),
+    "an image": lambda root: Image.new("L", (64, 48), 9).save(root / "JPEGImages/b.png"),
+}
+
+
+@pytest.fixture
+def marked_tree(voc_tree):
+    patients = ["image,patient,study,series,position_mm", "a,p1,s1,r,0.0", "b,p2,s2,q,5.0"]
+    root = voc_tree({"a": SICK, "b": []}, patients=patients)
+    (root / "labels.csv").write_text("image,label\na,1\nb,0\n")
+    return root
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_fingerprint_tells_each_change(marked_tree, change):
+    before = mark()(marked_tree)
+    assert (before["images"], before["boxes"]) == (2, 1)
+    assert mark()(marked_tree) == before
+    change(marked_tree)
+    assert mark()(marked_tree)["sha256"] != before["sha256"]
+
+
+def test_a_fingerprint_is_of_the_data_and_not_of_place_and_settings(marked_tree, tmp_path):
+    before = mark()(marked_tree)
+    moved = marked_tree.rename(tmp_path / "moved")
+    for read in (mark(), mark(context=1), mark(scan=2), mark(classes=("SDH", "EDH"))):
+        assert read(moved) == before
+    (moved / "SegmentationObject").mkdir()
+    mask = np.zeros((48, 64), np.uint8)
+    mask[25:30, 15:20] = 1
+    Image.fromarray(mask).save(moved / "SegmentationObject/a.png")
+    assert mark()(moved) == before
+    masked = mark(masks=True)(moved)
+    assert masked.items() > before.items()
+    mask[25, 15] = 0
+    Image.fromarray(mask).save(moved / "SegmentationObject/a.png")
+    assert mark(masks=True)(moved)["masks"] != masked["masks"]
+
+
+def test_fingerprints_are_of_any_registered_dataset(names, tmp_path):
+    """A COCO-like one of a user's own, of NumPy's numbers; one that is not known is left out."""
+    image = tmp_path / "x.png"
+    Image.new("L", (8, 8)).save(image)
+    box = {"bbox": np.array([1.0, 2.0, 3.0, 4.0]), "category_id": np.int64(1)}
+    rows = [{"file_name": str(image), "image_id": 1, "annotations": [box]}]
+    DatasetCatalog.register("own", lambda: rows)
+    MetadataCatalog.get("own")  # as training makes it
+    found = fingerprints(["own", "none", "own"])
+    assert found == {"own": fingerprint(rows)} and found["own"]["boxes"] == 1
+    box["category_id"] = np.int64(0)
+    assert fingerprints(["own"]) != found
 
 
 # ---- dataset dicts -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,26 @@ def test_cells_are_trained_pooled_and_not_run_again(tool, tree, tmp_path, monkey
 
     monkeypatch.setattr(cells.subprocess, "Popen", refuse)
     assert tool.main(argv) == 0
+    assert tool.main([*argv, "--report-only"]) == 0
+
+
+@pytest.mark.parametrize("report", [[], ["--report-only"]], ids=["", "report-only"])
+def test_cells_whose_data_have_changed_are_not_taken_for_finished(
+    tool, tree, tmp_path, capsys, report
+):
+    out = tmp_path / "cv"
+    argv = [str(tree), "--output", str(out), "--folds", "2", "--form", "plain", CONFIG, *SMALL]
+    assert tool.main(argv) == 0
+    # Another box: findings, and so the folds, are as before.
+    path = tree / "Annotations/a.xml"
+    before = path.read_text()
+    path.write_text(re.sub(r"<xmax>\d+<", "<xmax>33<", before))
+    assert path.read_text() != before
+    capsys.readouterr()
+    assert tool.main([*argv, *report]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{out}/plain/seed0/fold0: was trained with data set ich_t" in error
+    assert "remove that folder to train it again" in error
 
 
 def test_the_tables_compare_with_the_first_form(tool, tree, tmp_path):

@@ -200,7 +200,7 @@ def test_other_data_of_the_same_name_do_not_take_the_place(run, tree, tmp_path):
     assert call(other, run, "--eval-only", opts=weights) == 0
     assert content(run, but=("what_if",)) == before
     (place,) = (run / "what_if").iterdir()
-    assert place.name.startswith("ich_root-")
+    assert place.name.startswith("ich_test-")
     report = (place / "inference/ich_test/report.json").read_text()
     assert "Not checked: the model was trained on data of another folder" in report
     # The same folder by another name is the same.
@@ -208,6 +208,68 @@ def test_other_data_of_the_same_name_do_not_take_the_place(run, tree, tmp_path):
     link.symlink_to(tree)
     assert call(link, run, "--eval-only", opts=weights) == 0
     assert len(list((run / "what_if").iterdir())) == 1
+
+
+def test_a_record_of_before_fingerprints_knows_data_by_their_folder(run, tree, tmp_path):
+    record = json.loads((run / "run.json").read_text())
+    del record["data"]
+    (run / "run.json").write_text(json.dumps(record))
+    other = shutil.copytree(tree, tmp_path / "elsewhere")
+    opts = ("MODEL.WEIGHTS", run / "model_best.pth")
+    assert call(other, run, "--eval-only", opts=opts) == 0
+    (place,) = (run / "what_if").iterdir()
+    assert place.name.startswith("ich_root-")
+    assert call(tree, run, "--resume") == 0
+
+
+def relabel(root, split):
+    """Says that the first slice of a list bleeds if it has no box, and does not if it has one."""
+    image = (root / f"ImageSets/Main/{split}.txt").read_text().split()[0]
+    boxed = "<object>" in (root / f"Annotations/{image}.xml").read_text()
+    (root / "labels.csv").write_text(f"image,label\n{image},{int(not boxed)}\n")
+
+
+def test_data_changed_in_place_make_a_what_if_and_their_own_report(run, tree, tmp_path, capsys):
+    own = shutil.copytree(tree, tmp_path / "own")
+    weights = ("MODEL.WEIGHTS", run / "model_best.pth")
+    before = content(run, but=("inference", "log.txt"))
+    assert call(own, run, "--eval-only", opts=weights) == 0  # the same data, moved
+    assert not (run / "what_if").exists()
+    relabel(own, "train")  # which no answer depends on
+    assert call(own, run, "--eval-only", opts=weights) == 0
+    assert not (run / "what_if").exists()
+    relabel(own, "test")
+    kept = content(run / "inference")
+    capsys.readouterr()
+    assert call(own, run, "--eval-only", opts=weights) == 0
+    assert "A what-if: the model was trained with data set ich_test 'images 9, boxes" in (
+        capsys.readouterr().err
+    )
+    assert content(run / "inference") == kept
+    assert content(run, but=("inference", "log.txt", "what_if")) == before
+    (place,) = (run / "what_if").iterdir()
+    note = json.loads((place / "evaluation.json").read_text())
+    assert list(note["differs"]) == ["data set ich_test"] and list(note["data"]) == ["ich_test"]
+
+
+def test_lists_that_were_drawn_anew_are_not_called_apart(run, tree, tmp_path):
+    """A slice that was tested on is trained on now: who is apart is not known any more."""
+    record = json.loads((run / "run.json").read_text())
+    page = run / "inference/ich_test/report.json"
+    assert "no patient is in two partitions" in page.read_text()
+    lists = tree / "ImageSets/Main"
+    texts = {name: (lists / f"{name}.txt").read_text() for name in ("train", "val")}
+    try:
+        for name, other in (("train", "val"), ("val", "train")):
+            (lists / f"{name}.txt").write_text(texts[other])
+        weights = ("MODEL.WEIGHTS", run / "model_best.pth")
+        assert call(tree, run, "--eval-only", opts=weights) == 0
+    finally:
+        for name, text in texts.items():
+            (lists / f"{name}.txt").write_text(text)
+    text = page.read_text()
+    assert "Not checked: data have changed since training" in text
+    assert record["data"]["ich_train"]["sha256"][:12] in text
 
 
 def test_an_evaluation_elsewhere_is_no_training_and_keeps_its_own_record(run, tree, tmp_path):
@@ -277,6 +339,18 @@ def test_a_resume_that_does_not_fit_is_one_sentence_and_leaves_the_run(
     assert call(tree, run, "--resume", opts=("SOLVER.MAX_ITER", 6, *opts)) == 2
     error = error_of(capsys)
     assert word in error and str(run / "config.yaml") in error
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_training_does_not_go_on_with_data_that_have_changed(run, tree, tmp_path, capsys, split):
+    own = shutil.copytree(tree, tmp_path / "own")
+    before = content(run)
+    relabel(own, split)
+    assert call(own, run, "--resume", opts=("SOLVER.MAX_ITER", 6)) == 2
+    error = error_of(capsys)
+    assert f"data set ich_{split} 'images " in error and str(run / "run.json") in error
+    assert "put them back" in error
     assert content(run) == before
 
 
