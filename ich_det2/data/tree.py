@@ -349,11 +349,20 @@ class VocTree:
             self.__dict__.pop("patients", None)
 
     def link(self, folder: Path) -> VocTree:
-        """A tree of links to this one's images, annotations and tables, for lists of its own."""
+        """A tree of links to this one's images, annotations and tables, for lists of its own.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for name in (ANNOTATIONS, *IMAGE_FOLDERS, *MASK_FOLDERS, PATIENTS, LABELS):
-            if (self.root / name).exists() and not (folder / name).is_symlink():
-                (folder / name).symlink_to((self.root / name).resolve())
+            link, source = folder / name, (self.root / name).resolve()
+            there = link.is_symlink() or link.exists()
+            if there and link.resolve() != source or link.exists() and not link.is_symlink():
+                what = f"leads to {link.resolve()}" if link.is_symlink() else "is no link"
+                raise ValueError(f"{link}: {what}, expected a link to {source}; remove {folder}.")
+            if source.exists() and not there:
+                link.symlink_to(source)
         return VocTree(folder)
 
     def find(self, name: str) -> str | None:

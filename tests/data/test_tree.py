@@ -296,3 +296,21 @@ def test_masks_are_read_only_if_asked_for(masked):
     load_ich_voc(root, "train")
     linked = VocTree(root).link(root.parent / "linked").root
     assert (linked / "SegmentationObject").is_symlink()
+
+
+def test_a_tree_of_links_is_of_this_tree_or_an_error(voc_tree, tmp_path):
+    root = voc_tree({"a": [], "b": []}, patients=["image,patient", "a,p1", "b,p2"])
+    tree, place = VocTree(root), tmp_path / "linked"
+    assert VocTree(root).patients == tree.link(place).patients
+    tree.link(place)  # again
+    (root / "labels.csv").write_text("image,label\na,1\n")
+    assert tree.link(place).labels == {"a": 1}  # what came later
+    (root / "labels.csv").unlink()
+    assert tree.link(place).labels == {}  # and has gone
+    other = shutil.copytree(root, tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"Annotations: leads to {root}/Annotations, expected a"):
+        VocTree(other).link(place)
+    (place / "patients.csv").unlink()
+    shutil.copy(root / "patients.csv", place)
+    with pytest.raises(ValueError, match=r"patients.csv: is no link, expected a link to"):
+        tree.link(place)
