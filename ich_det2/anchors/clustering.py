@@ -9,7 +9,6 @@ Detectron2.
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.cluster import KMeans
 
 RATIO_SPACES = ("linear", "log")
 
@@ -150,6 +149,8 @@ def _check_boxes(boxes_wh: np.ndarray) -> np.ndarray:
 
 def _centres(values: np.ndarray, num_clusters: int, seed: int) -> np.ndarray:
     """K-means of numbers, sized (M,); the centres ascend."""
+    from sklearn.cluster import KMeans  # not for those who only read anchors: it takes a second
+
     values, weights = np.unique(values, return_counts=True)
     if len(values) > MAX_DISTINCT:
         first = _group_starts(len(values))
