@@ -99,8 +99,6 @@ def train(args, cfg, stopped=None) -> dict:
 def evaluate(args, cfg) -> dict:
     """Tests trained weights."""
     trained = RunFolder.beside(cfg.MODEL.WEIGHTS)
-    data = fingerprints(cfg.DATASETS.TEST)
-    differs = trained.answers_differ(cfg, data)
     set_up(args, cfg)
     model = IchTrainer.build_model(cfg)
     IchCheckpointer(model).load(cfg.MODEL.WEIGHTS)
@@ -108,6 +106,8 @@ def evaluate(args, cfg) -> dict:
     cfg.defrost()
     point = find_operating_point(cfg, Path(cfg.MODEL.WEIGHTS))
     if comm.is_main_process():
+        data = fingerprints(cfg.DATASETS.TEST)
+        differs = trained.answers_differ(given, data)
         RunFolder(cfg.OUTPUT_DIR).begin_evaluation(given, data, differs, point)
     comm.synchronize()
     results = IchTrainer.test(cfg, model)

@@ -357,11 +357,12 @@ class VocTree:
         folder.mkdir(parents=True, exist_ok=True)
         for name in (ANNOTATIONS, *IMAGE_FOLDERS, *MASK_FOLDERS, PATIENTS, LABELS):
             link, source = folder / name, (self.root / name).resolve()
-            there = link.is_symlink() or link.exists()
-            if there and link.resolve() != source or link.exists() and not link.is_symlink():
+            if link.is_symlink() and link.resolve() == source:
+                continue
+            if link.is_symlink() or link.exists():
                 what = f"leads to {link.resolve()}" if link.is_symlink() else "is no link"
                 raise ValueError(f"{link}: {what}, expected a link to {source}; remove {folder}.")
-            if source.exists() and not there:
+            if source.exists():
                 link.symlink_to(source)
         return VocTree(folder)
 

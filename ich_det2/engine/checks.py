@@ -16,7 +16,7 @@ from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from detectron2.utils.file_io import PathManager
 
 from .. import zoo
-from ..data.datasets import check_images, fingerprints, register_ich_datasets
+from ..data.datasets import check_images, fingerprint, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
 from ..evaluation.evaluator import metric_names
 from ..modeling import KnownMaskHead
@@ -41,7 +41,7 @@ from .launched import Launched
 from .operating_point import check_operating_point
 from .partitions import ROLES, overlaps
 from .plan import fill_plan, take_trained_plan
-from .run_folder import RunFolder, in_words
+from .run_folder import Fingerprints, RunFolder, in_words
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,9 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
         take_trained_plan(cfg, run.path)
         run.check_continues(cfg)
     read = _check_data(cfg, eval_only)
+    data = {name: fingerprint(dicts) for name, dicts in read.items()}
     if continues:
-        run.check_same_data(fingerprints(read))
+        run.check_same_data(data)
     _check_read(cfg, trained if continues or eval_only else None, training=not eval_only)
     if not eval_only:
         _check_best_metric(cfg, read)
@@ -160,7 +161,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool, num_processes: 
     if cfg.MODEL.WEIGHTS:
         check_fits(model, cfg.MODEL.WEIGHTS, whole=eval_only)
     if eval_only:
-        _place_evaluation(cfg, run, trained)
+        _place_evaluation(cfg, run, trained, data)
 
 
 def _check_read(cfg: CfgNode, trained: RunFolder | None, *, training: bool) -> None:
@@ -172,8 +173,7 @@ def _check_read(cfg: CfgNode, trained: RunFolder | None, *, training: bool) -> N
     check_read_keys(flat, defaults, training=training)
 
 
-def _place_evaluation(cfg: CfgNode, run: RunFolder, trained: RunFolder) -> None:
-    data = fingerprints(cfg.DATASETS.TEST)
+def _place_evaluation(cfg: CfgNode, run: RunFolder, trained: RunFolder, data: Fingerprints) -> None:
     if differs := trained.answers_differ(cfg, data):
         logger.warning("A what-if: the model was trained with %s.", in_words(differs))
     place = run.place_of(cfg, data)

@@ -259,7 +259,7 @@ class RunFolder:
             raise ValueError(
                 f"--resume goes on with the data of {self.record}, which have changed since:"
                 f" {in_words(differs)}; put them back as they were, or train anew in another"
-                f" OUTPUT_DIR (MODEL.WEIGHTS '{self.path / 'model_*.pth'}' starts from this model)."
+                f" OUTPUT_DIR (MODEL.WEIGHTS '{self.checkpoint()}' starts from this model)."
             )
 
     def begin(self, cfg: CfgNode, data: Fingerprints | None = None) -> None:
