@@ -372,6 +372,13 @@ class RunFolder:
             if any(pair[0][key] != pair[1][key] for key in pair[0].keys() & pair[1].keys())
         }
 
+    def changed_weights(self, cfg: CfgNode) -> Differences:
+        """``MODEL.WEIGHTS`` that the training here began with, if that file is another one now,
+        both by the beginning of their SHA-256; empty where one of them is not known."""
+        before = self.read_record().get("initial_weights", {}).get("sha256")
+        now = hash_of(cfg.MODEL.WEIGHTS) if before else None
+        return {"MODEL.WEIGHTS": (before[:12], now[:12])} if now and now != before else {}
+
     def data_root(self) -> str:
         """DATASETS.ICH_ROOT of the record, absolute if that is known."""
         return self._known.get("data_root", self.read_config().DATASETS.ICH_ROOT)

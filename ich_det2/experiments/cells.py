@@ -74,7 +74,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
 
     Raises:
         FileNotFoundError, ValueError: if a config is wrong, or a folder holds a training of other
-            settings, or of data that have changed since.
+            settings, or of initial weights or data that have changed since.
     """
     read = cache(_read_data)  # cells share their data
     for cell in cells:
@@ -85,6 +85,7 @@ def check_cells(cells: Sequence[Cell]) -> None:
             continue
         before = json.loads(run.settings.read_text(encoding="utf-8"))
         differs = differences(before, plain_settings(cfg))
+        differs = differs or run.changed_weights(cfg)
         root, classes = cfg.DATASETS.ICH_ROOT, tuple(cfg.DATASETS.ICH_CLASSES)
         if not differs and Path(root).is_dir():
             settings = tuple(dataset_settings(cfg).items())

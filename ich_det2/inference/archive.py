@@ -17,6 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ..dicom_out import check_dicom_output, write_dicom
+from ..engine.config import plain_settings
+from ..engine.operating_point import find_operating_point
 from ..files import nested, sha256, walk, write_atomically, write_csv
 from ..version import __version__
 from . import ENGINES
@@ -180,6 +182,8 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
         ValueError: it holds something else, or results of other settings.
     """
     cfg, weights = load_run(settings.model, device=settings.device)
+    find_operating_point(cfg, weights)
+    config = json.dumps(plain_settings(cfg), sort_keys=True).encode()
     if path := nested(output, (path for job in jobs for path in job.paths)):
         raise ValueError(
             f"--output {output} and the study {path.name} lie in one another; give a folder"
@@ -190,6 +194,8 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
         "version": __version__,
         "sha256": sha256(weights),
         "run": Path(cfg.OUTPUT_DIR).name,
+        "operating_threshold": cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
+        "config": hashlib.sha256(config).hexdigest(),
     }
     own = json.loads(json.dumps(own))
     record = output / _RECORD

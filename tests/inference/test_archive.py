@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,14 @@ def test_results_of_other_settings_are_not_mixed(jobs, settings, tmp_path):
     diagnose_archive(jobs[:1], settings())
     with pytest.raises(ValueError, match="another threshold .None, now 0.3."):
         diagnose_archive(jobs, settings(threshold=0.3))
+    config = Path(settings().model) / "config.yaml"
+    text = config.read_text()
+    for key, value in (("OPERATING_THRESHOLD", 0.123), ("MIN_SIZE_TEST", 96)):
+        config.write_text(re.sub(rf"({key}): [\d.]+", rf"\1: {value}", text))
+        word = "operating_threshold .*now 0.123" if "THRESHOLD" in key else "config"
+        with pytest.raises(ValueError, match=f"was begun with another {word}"):
+            diagnose_archive(jobs, settings())
+    config.write_text(text)
     weights = Path(settings().model) / "model_best.pth"
     state = torch.load(weights, weights_only=True)
     state["model"]["roi_heads.box_predictor.cls_score.bias"] += 1

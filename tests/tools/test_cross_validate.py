@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from ich_det2.evaluation.diagnosis import roc_auc_score
@@ -115,6 +116,23 @@ def test_cells_whose_data_have_changed_are_not_taken_for_finished(
     assert tool.main([*argv, *report]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{out}/plain/seed0/fold0: was trained with data set ich_t" in error
+    assert "remove that folder to train it again" in error
+
+
+def test_cells_of_initial_weights_that_are_others_now_are_not_taken_for_finished(
+    tool, tree, tmp_path, capsys
+):
+    weights = tmp_path / "start.pth"
+    torch.save({"model": {"backbone": torch.zeros(1)}}, weights)
+    small = ["MODEL.WEIGHTS", str(weights), *SMALL[2:]]
+    argv = [str(tree), "--output", str(tmp_path / "cv"), "--folds", "2", "--only", "0"]
+    argv += ["--form", "plain", CONFIG, *small]
+    assert tool.main(argv) == tool.main(argv) == 0
+    torch.save({"model": {"backbone": torch.ones(1)}}, weights)
+    capsys.readouterr()
+    assert tool.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "fold0: was trained with MODEL.WEIGHTS" in error
     assert "remove that folder to train it again" in error
 
 
