@@ -4,7 +4,6 @@ Shape glossary: M images, N bins.
 """
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from .intervals import wilson_interval
@@ -34,6 +33,8 @@ def fit_temperature(y_true, y_score) -> float:
     Raises:
         ValueError: if a score is not in [0, 1].
     """
+    from scipy.optimize import minimize_scalar  # not for those who only read: it takes a second
+
     y_true = np.asarray(y_true).astype(bool)
     y_score = _probabilities(y_score)
     if y_true.all() or not y_true.any():

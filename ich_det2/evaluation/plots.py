@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from ..anchors.clustering import AnchorPairs, Anchors, best_iou
 from ..files import write_atomically
@@ -232,13 +229,19 @@ def plot_anchors(
 
 
 def new_figure(columns: int, width: float = 6.0):
+    # Not for a diagnosis, which draws none: it takes a second.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # Without pyplot: no global state, no display.
     figure = Figure(figsize=(width * columns, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def save_figure(figure: Figure, target: Target) -> None:
+def save_figure(figure, target: Target) -> None:
+    import matplotlib
+
     if hasattr(target, "write"):
         # Without date and random names, the same numbers give the same bytes.
         with matplotlib.rc_context({"svg.hashsalt": "ich_det2"}):

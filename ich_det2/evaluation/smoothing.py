@@ -9,7 +9,6 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 from pycocotools import mask as coco_mask
-from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 from ..data.dicom import neighbours
@@ -155,6 +154,8 @@ def fit_smoothing(
     Raises:
         ValueError: if the labels are of one class, or a score is not in [0, 1].
     """
+    from scipy.optimize import minimize  # not for those who only smooth: it takes a second
+
     positive, values = np.asarray(labels).astype(bool), np.asarray(scores, dtype=float)
     if positive.all() or not positive.any():
         raise ValueError(

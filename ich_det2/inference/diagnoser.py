@@ -5,7 +5,7 @@ Sizes: H, W are an image's rows and columns, M its boxes.
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,10 @@ from .slices import Slice, _reason
 
 # Enough to hide the decoding of most files behind a network; each holds one slice in memory.
 _READERS = 4
+
+# On a CPU slices side by side, of a thread each, are through sooner than one slice by many threads;
+# each has its maps in memory.
+_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Diagnoser:
         smoothing_boxes: Sequence[float] = (),
         context: dict | None = None,
         head_crop: bool = False,
+        workers: int = 1,
         facts: dict | None = None,
     ):
         """
@@ -142,6 +147,8 @@ class Diagnoser:
             model: ``GeneralizedRCNN`` or ``ImageClassifier`` in evaluation mode.
             mapper: of evaluation (``is_train=False``).
             batch_size: slices in a batch, >= 1.
+            workers: batches that are given to the model side by side; PyTorch's threads are shared
+                out among them.
             classes: names of the model's classes.
             threshold: of its operating point.
             patient_rule: see ``patient_scores``.
@@ -163,6 +170,7 @@ class Diagnoser:
         self.smoothing_boxes = tuple(smoothing_boxes)
         self.context = context or {}
         self.head_crop = head_crop
+        self.workers = workers
         self.facts = facts or {}
 
     @classmethod
@@ -204,8 +212,11 @@ class Diagnoser:
                 f"{RunFolder.beside(weights).config}: {_reason(error, weights)}."
             ) from error
         _check_weights(model, weights)
-        model = accelerate(model, backend, threads or 1)
         plain = backend == "eager" and cfg.MODEL.DEVICE == "cpu"
+        for module in list(model.modules()) if plain else ():
+            if hasattr(module, "fold_batch_norms"):  # a backbone that can
+                module.fold_batch_norms()
+        model = accelerate(model, backend, threads or 1)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
         smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU
@@ -222,6 +233,7 @@ class Diagnoser:
             smoothing_boxes=smoothing_boxes,
             context=context_settings(cfg),
             head_crop=cfg.INPUT.HEAD_CROP,
+            workers=min(torch.get_num_threads(), _WORKERS) if plain else 1,
             facts={
                 "run": Path(cfg.OUTPUT_DIR).name,
                 "weights": weights.name,
@@ -245,18 +257,32 @@ class Diagnoser:
             For each slice in its order what was found, or why it cannot be decoded (in words that
             do not hold the path).
         """
+        if self.workers == 1:
+            for batch in self._batches(slices):
+                yield from self._detect(batch)
+            return
+        threads = torch.get_num_threads()
+        share = max(1, threads // self.workers)
+        pool = ThreadPoolExecutor(self.workers, "detect", torch.set_num_threads, (share,))
+        try:
+            for found in _ahead(pool, self._detect, zip(self._batches(slices)), self.workers):
+                yield from found
+        finally:
+            torch.set_num_threads(threads)  # which a worker sets for all threads to come
+
+    def _batches(self, slices: Iterable[Slice]) -> Iterator[list[dict | ValueError]]:
         waiting: list[dict | ValueError] = []
         for item in self.inputs(slices):
             sizes = {x["image"].shape for x in waiting if isinstance(x, dict)}
             # Images of different size would be padded, which changes what is found on them.
             if isinstance(item, dict) and sizes and item["image"].shape not in sizes:
-                yield from self._detect(waiting)
+                yield waiting
                 waiting = []
             waiting.append(item)
             if len(waiting) >= self.batch_size:
-                yield from self._detect(waiting)
+                yield waiting
                 waiting = []
-        yield from self._detect(waiting)
+        yield waiting
 
     def inputs(self, slices: Iterable[Slice]) -> Iterator[dict | ValueError]:
         """What the model is given of each slice, decoded by threads a few slices or two batches
@@ -268,17 +294,10 @@ class Diagnoser:
         Yields:
             For each slice in its order a mapped dict, or why it cannot be decoded.
         """
-        pool = ThreadPoolExecutor(_READERS)
-        try:
-            pending = deque()
-            for entry, crop in self._with_crops(slices):
-                pending.append(pool.submit(self._read, entry, crop))
-                if len(pending) > max(2 * self.batch_size, _READERS):
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        ahead = max(2 * self.batch_size, _READERS)
+        yield from _ahead(
+            ThreadPoolExecutor(_READERS, "read"), self._read, self._with_crops(slices), ahead
+        )
 
     def _with_crops(self, slices: Iterable[Slice]) -> Iterator[tuple[Slice, Box | None]]:
         """Slices and their crops; the head of a series is looked for when its first one is due."""
@@ -301,14 +320,29 @@ class Diagnoser:
             paths = (Path(path) for files in others.values() for path, _ in files)
             return ValueError(_reason(error, entry.path, *paths))
 
-    def _detect(self, items: Sequence[dict | ValueError]) -> Iterator[Detections | ValueError]:
+    def _detect(self, items: Sequence[dict | ValueError]) -> list[Detections | ValueError]:
         inputs = [x for x in items if isinstance(x, dict)]
         outputs = iter(())
         if inputs:
             with torch.inference_mode():
                 outputs = iter(uncrop(inputs, self.model(inputs)))
-        for item in items:
-            yield _detections(item, next(outputs)) if isinstance(item, dict) else item
+        return [_detections(x, next(outputs)) if isinstance(x, dict) else x for x in items]
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable, arguments: Iterable[tuple], ahead: int
+) -> Iterator:
+    """What a function says of each, in their order, while a pool is at work on those ahead."""
+    try:
+        pending = deque()
+        for each in arguments:
+            pending.append(pool.submit(function, *each))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _detections(inputs: dict, output: dict) -> Detections:

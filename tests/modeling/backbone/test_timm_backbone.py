@@ -203,3 +203,54 @@ def test_running_statistics_follow_with_the_momentum_asked_for():
     network(x)
     # Running means start at 0: 0.75 * 0 + 0.25 * the batch's.
     torch.testing.assert_close(norm.running_mean, 0.25 * batch_mean)
+
+
+def norms_of(backbone):
+    return sum("BatchNorm" in type(m).__name__ for m in backbone.modules())
+
+
+def with_statistics(name, **options):
+    """A network whose batch norms do something."""
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, **options).eval()
+    for module in backbone.modules():
+        if "BatchNorm" in type(module).__name__:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            module.weight.data.uniform_(0.5, 1.5)  # a ResNet begins with some of 0
+    return backbone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "frozen", "left"),
+    [(LITE0, True, 0), (LITE0, False, 0), ("resnet18", True, 0), ("densenet121", False, 44)],
+)
+def test_folded_norms_change_the_maps_by_rounding_alone(name, frozen, left):
+    backbone = with_statistics(name, out_strides=[8, 16], freeze_bn=frozen, in_channels=4)
+    pictures = torch.randn(2, 4, 64, 96)
+    wanted, shapes = backbone(pictures), backbone.output_shape()
+    assert norms_of(backbone) > left
+    backbone.fold_batch_norms()
+    # Of a DenseNet half of the norms act on what several convolutions gave.
+    assert norms_of(backbone) == left and backbone.output_shape() == shapes
+    found = backbone(pictures)
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        assert torch.allclose(found[key], value, rtol=0, atol=1e-5 * float(value.abs().max()))
+    backbone.fold_batch_norms()
+    assert torch.equal(backbone(pictures)["stride16"], found["stride16"])
+
+
+@torch.no_grad()
+def test_norms_that_do_not_act_on_the_convolution_before_them_stay():
+    backbone = with_statistics("resnet18", out_strides=[16])
+    norm = backbone.features.model.layer2[0].bn1
+    norm.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1.0,))
+    pictures, norms = torch.randn(1, 3, 64, 64), norms_of(backbone)
+    wanted = backbone(pictures)["stride16"]
+    backbone.fold_batch_norms()
+    assert norms_of(backbone) == norms
+    assert torch.equal(backbone(pictures)["stride16"], wanted)
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        backbone.train().fold_batch_norms()
