@@ -216,7 +216,9 @@ def _mirror(x: float, y: float, degrees: float) -> np.ndarray:
     """Mirrors at the line through (x, y) that is so far off the vertical; (3, 3)."""
     angle = np.deg2rad(2 * degrees)
     linear = np.array([[-np.cos(angle), np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return np.block([[linear, ([x, y] - linear @ [x, y])[:, None]], [np.zeros((1, 2)), np.eye(1)]])
+    mirror = np.eye(3)
+    mirror[:2, :2], mirror[:2, 2] = linear, [x, y] - linear @ [x, y]
+    return mirror
 
 
 def _soft_tissue(grey: np.ndarray, skull: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
