@@ -1,5 +1,6 @@
 """Checkpoints that cannot run code when loaded, and are written whole or not at all."""
 
+import copy
 import pickle
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from torch.nn.parallel import DistributedDataParallel
 
 from ..files import write_atomically
 from ..modeling.channels import RGB, adapt_input_weights
@@ -160,3 +162,23 @@ def load_trained(cfg: CfgNode, weights: str | Path):
     model = build_model(cfg)
     IchCheckpointer(model).load(str(weights))
     return model.eval()
+
+
+def for_inference(model: torch.nn.Module) -> torch.nn.Module:
+    """The model as evaluation and diagnosis run it, both alike: on a CPU with folded batch norms.
+
+    Args:
+        model: of a training, maybe in the midst of it, which it is left to as it is.
+
+    Returns:
+        A copy in evaluation mode, if a backbone of it has norms to fold; else the model itself.
+    """
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    able = any(hasattr(m, "fold_batch_norms") for m in inner.modules())
+    if not able or next(inner.parameters()).device.type != "cpu":
+        return model
+    inner = copy.deepcopy(inner).eval()
+    for module in list(inner.modules()):
+        if hasattr(module, "fold_batch_norms"):
+            module.fold_batch_norms()
+    return inner

@@ -21,7 +21,7 @@ from ..data.mapper import IchDatasetMapper
 from ..data.samplers import PositiveShareSampler
 from ..evaluation.evaluator import DiagnosisEvaluator
 from ..evaluation.mask_evaluator import MaskEvaluator, is_known
-from .checkpoint import IchCheckpointer
+from .checkpoint import IchCheckpointer, for_inference
 from .config import (
     has_all_masks,
     is_classifier,
@@ -176,6 +176,10 @@ class IchTrainer(DefaultTrainer):
         return ResumableLoader(
             loader, seed=cfg.SEED, start_iter=start_iter, start_image=start_image
         )
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        return super().test(cfg, for_inference(model), evaluators)
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name: str):

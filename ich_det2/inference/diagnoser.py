@@ -19,7 +19,7 @@ from ..data.crop import Box, Entry, find_crops, uncrop
 from ..data.mapper import IchDatasetMapper
 from ..data.masks import encode_mask
 from ..engine.anchors import needs_anchors
-from ..engine.checkpoint import load_trained
+from ..engine.checkpoint import for_inference, load_trained
 from ..engine.config import context_settings
 from ..engine.operating_point import find_operating_point
 from ..engine.run_folder import EXPECTED, RunFolder
@@ -212,11 +212,8 @@ class Diagnoser:
                 f"{RunFolder.beside(weights).config}: {_reason(error, weights)}."
             ) from error
         _check_weights(model, weights)
+        model = accelerate(for_inference(model), backend, threads or 1)
         plain = backend == "eager" and cfg.MODEL.DEVICE == "cpu"
-        for module in list(model.modules()) if plain else ():
-            if hasattr(module, "fold_batch_norms"):  # a backbone that can
-                module.fold_batch_norms()
-        model = accelerate(model, backend, threads or 1)
         patient_rule = cfg.TEST.DIAGNOSIS.PATIENT_RULES[0]
         smoothing = list(cfg.TEST.DIAGNOSIS.SMOOTHING)
         smoothing_iou = cfg.TEST.DIAGNOSIS.SMOOTHING_IOU

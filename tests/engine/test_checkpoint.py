@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ich_det2.engine import IchCheckpointer
+from ich_det2.engine.checkpoint import for_inference
 from ich_det2.modeling.backbone import TimmBackbone, timm_backbone, torchvision_weights
 from ich_det2.modeling.backbone.timm_backbone import pretrained_state_dict
 
@@ -185,3 +186,16 @@ def test_the_best_model_is_not_where_resume_goes_on(tmp_path):
     checkpointer.save("model_0000009", iteration=9)
     checkpointer.save("model_best", tag_last=False, iteration=4)
     assert checkpointer.get_checkpoint_file().endswith("model_0000009.pth")
+
+
+def test_a_model_in_training_is_tested_as_a_copy_with_folded_norms(tiny_cfg):
+    model = build_model(tiny_cfg("MODEL.TIMM.FREEZE_BN", False)).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    tested = for_inference(model)
+    assert tested is not model and not tested.training and model.training
+    assert not [m for m in tested.backbone.modules() if "BatchNorm" in type(m).__name__]
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    stock = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    assert for_inference(stock) is stock
