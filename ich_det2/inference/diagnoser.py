@@ -3,7 +3,9 @@
 Sizes: H, W are an image's rows and columns, M its boxes.
 """
 
+import contextlib
 import os
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -258,14 +260,11 @@ class Diagnoser:
             for batch in self._batches(slices):
                 yield from self._detect(batch)
             return
-        threads = torch.get_num_threads()
-        share = max(1, threads // self.workers)
-        pool = ThreadPoolExecutor(self.workers, "detect", torch.set_num_threads, (share,))
-        try:
+        with _THREADS.shared() as threads:
+            share = max(1, threads // self.workers)
+            pool = ThreadPoolExecutor(self.workers, "detect", torch.set_num_threads, (share,))
             for found in _ahead(pool, self._detect, zip(self._batches(slices)), self.workers):
                 yield from found
-        finally:
-            torch.set_num_threads(threads)  # which a worker sets for all threads to come
 
     def _batches(self, slices: Iterable[Slice]) -> Iterator[list[dict | ValueError]]:
         waiting: list[dict | ValueError] = []
@@ -324,6 +323,31 @@ class Diagnoser:
             with torch.inference_mode():
                 outputs = iter(uncrop(inputs, self.model(inputs)))
         return [_detections(x, next(outputs)) if isinstance(x, dict) else x for x in items]
+
+
+class _Threads:
+    """PyTorch's number of threads, which a worker that sets its own sets for all threads to come.
+
+    Of diagnoses that overlap the first one knows the number, and each gives it back.
+    """
+
+    def __init__(self):
+        self._lock, self._users, self._number = threading.Lock(), 0, 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[int]:
+        with self._lock:
+            self._number = self._number if self._users else torch.get_num_threads()
+            self._users += 1
+        try:
+            yield self._number
+        finally:
+            with self._lock:
+                self._users -= 1
+                torch.set_num_threads(self._number)
+
+
+_THREADS = _Threads()
 
 
 def _ahead(

@@ -142,6 +142,34 @@ def test_slices_side_by_side_keep_their_order_and_the_threads(exam):
         torch.set_num_threads(before)
 
 
+def test_diagnoses_that_overlap_give_the_threads_back(exam):
+    slices, *_ = find_slices([exam])
+    mapper = IchDatasetMapper(False, augmentations=[], windows=[[100, 200]])
+    before, seen = torch.get_num_threads(), []
+
+    def begin():
+        found = Diagnoser(Means(), mapper, batch_size=1, workers=2)(slices)
+        next(found)
+        return found
+
+    def in_a_thread_of_its_own():
+        second = begin()
+        first.close()
+        list(second)
+        seen.append(torch.get_num_threads())
+
+    try:
+        torch.set_num_threads(4)
+        first = begin()
+        for target in (in_a_thread_of_its_own, lambda: seen.append(torch.get_num_threads())):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        assert seen == [4, 4] and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_slice_that_cannot_be_read_keeps_its_place_beside_others(exam):
     slices, *_ = find_slices([exam])
     (exam / "three.dcm").write_bytes((exam / "three.dcm").read_bytes()[:-100])
