@@ -73,9 +73,6 @@ def add_ich_config(cfg: CfgNode) -> None:
     cfg.INPUT.AUG.SCALE = 0.0
     # Random rotation by at most so many degrees to either side. 0: off.
     cfg.INPUT.AUG.ROTATE = 0.0
-    # What a rotated box becomes: the box around its corners, as Detectron2's ("largest_box"), or
-    # the smaller one around the ellipse in it ("ellipse"), which a lesion fills better.
-    cfg.INPUT.AUG.ROTATE_BOXES = "largest_box"
     # Random contrast and brightness: factors in [1 - JITTER, 1 + JITTER]. 0: off.
     cfg.INPUT.AUG.JITTER = 0.0
     # Fixed expansion of the training set as in the paper: each image stands EXPAND times in an

@@ -21,15 +21,8 @@ def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:
     shift, scale = cfg.INPUT.AUG.SHIFT, cfg.INPUT.AUG.SCALE
     if shift > 0 or scale > 0:
         augs.append(RandomShiftScale(shift, scale))
-    rotations = {"largest_box": T.RandomRotation, "ellipse": RandomEllipseRotation}
-    if cfg.INPUT.AUG.ROTATE_BOXES not in rotations:
-        raise ValueError(
-            f"INPUT.AUG.ROTATE_BOXES is {cfg.INPUT.AUG.ROTATE_BOXES!r}, expected one of"
-            f" {', '.join(rotations)}."
-        )
     if cfg.INPUT.AUG.ROTATE > 0:
-        angles = [-cfg.INPUT.AUG.ROTATE, cfg.INPUT.AUG.ROTATE]
-        augs.append(rotations[cfg.INPUT.AUG.ROTATE_BOXES](angles, expand=False))
+        augs.append(T.RandomRotation([-cfg.INPUT.AUG.ROTATE, cfg.INPUT.AUG.ROTATE], expand=False))
     if cfg.INPUT.AUG.JITTER > 0:
         low, high = 1 - cfg.INPUT.AUG.JITTER, 1 + cfg.INPUT.AUG.JITTER
         augs += [T.RandomContrast(low, high), T.RandomBrightness(low, high)]
@@ -46,33 +39,6 @@ def build_augmentation(cfg, is_train: bool) -> list[T.Augmentation]:
             )
         )
     return augs
-
-
-class RandomEllipseRotation(T.RandomRotation):
-    """Detectron2's rotation, but a box becomes the one around its turned ellipse.
-
-    The box around a box's turned corners is larger than the lesion in it, by a third in area for
-    one twice as high as wide at 8 degrees, and a detector learns to draw it so; a lesion does not
-    fill the corners of its box. Kalra et al., "Towards Rotation Invariance in Object Detection",
-    ICCV 2021.
-    """
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        t = super().get_transform(image)
-        if not isinstance(t, T.RotationTransform):  # by 0 degrees
-            return t
-        return _EllipseRotationTransform(t.h, t.w, t.angle, t.expand, t.center, t.interp)
-
-
-class _EllipseRotationTransform(T.RotationTransform):
-    def apply_box(self, box: np.ndarray) -> np.ndarray:
-        """Boxes (M, 4) around the ellipses that touch the sides of the given ones, turned; XYXY."""
-        box = np.asarray(box, dtype=float).reshape(-1, 4)
-        centres = self.apply_coords((box[:, :2] + box[:, 2:]) / 2)
-        half = (box[:, 2:] - box[:, :2]) / 2
-        cos, sin = np.cos(np.deg2rad(self.angle)), np.sin(np.deg2rad(self.angle))
-        turned = np.hypot(half * cos, half[:, ::-1] * sin)
-        return np.concatenate([centres - turned, centres + turned], axis=1)
 
 
 class RandomShiftScale(T.Augmentation):

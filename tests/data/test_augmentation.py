@@ -1,6 +1,5 @@
 """Shift and scale, drawn anew or fixed as in the paper."""
 
-import cv2
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
@@ -8,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ich_det2.data.augmentation import (
-    RandomEllipseRotation,
     RandomShiftScale,
     build_augmentation,
     expand_dataset,
@@ -113,11 +111,6 @@ def test_draws_stay_within_their_limits_and_fill_them():
         ({"AUG.SCALE": 0.1}, True, [RandomShiftScale, T.ResizeShortestEdge, T.RandomFlip]),
         ({"AUG.ROTATE": 9.0}, True, [T.RandomRotation, T.ResizeShortestEdge, T.RandomFlip]),
         (
-            {"AUG.ROTATE": 9.0, "AUG.ROTATE_BOXES": "ellipse"},
-            True,
-            [RandomEllipseRotation, T.ResizeShortestEdge, T.RandomFlip],
-        ),
-        (
             {"AUG.JITTER": 0.1},
             True,
             [T.RandomContrast, T.RandomBrightness, T.ResizeShortestEdge, T.RandomFlip],
@@ -128,42 +121,6 @@ def test_config_chooses_the_augmentations(tiny_cfg, opts, is_train, expected):
     opts = {"RANDOM_FLIP": "horizontal"} | opts
     cfg = tiny_cfg(*(x for key, value in opts.items() for x in (f"INPUT.{key}", value)))
     assert [type(a) for a in build_augmentation(cfg, is_train)] == expected
-
-
-def test_an_unknown_kind_of_rotated_boxes_is_named(tiny_cfg):
-    with pytest.raises(ValueError, match="ROTATE_BOXES is 'round', expected one of largest_box, e"):
-        build_augmentation(tiny_cfg("INPUT.AUG.ROTATE_BOXES", "round"), True)
-
-
-# ---- RandomEllipseRotation ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("angle", [0, 7.5, -15, 45, 90, 180])
-def test_a_turned_box_is_that_of_its_turned_ellipse(angle):
-    image = np.zeros((400, 600, 1), np.uint8)
-    box = np.array([[250.0, 100.0, 310.0, 280.0]])
-    cv2.ellipse(image, (280, 190), (30, 90), 0, 0, 360, 1, -1)
-    transform = RandomEllipseRotation([angle, angle], expand=False).get_transform(image)
-    rows, columns = np.nonzero(transform.apply_image(image).reshape(400, 600))
-    drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    found = transform.apply_box(box)
-    assert found.shape == (1, 4) and np.abs(found - drawn).max() < 2.5
-    # Never larger than Detectron2's, and the same where corners stay corners.
-    stock = T.RotationTransform(400, 600, angle, expand=False).apply_box(box)
-    sides, largest = found[0, 2:] - found[0, :2], stock[0, 2:] - stock[0, :2]
-    assert (sides <= largest + 1e-6).all()
-    assert np.allclose(sides, largest) == (angle % 90 == 0)
-
-
-def test_rotation_draws_as_detectron2s():
-    image = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
-    drawn = []
-    for kind in (RandomEllipseRotation, T.RandomRotation):
-        np.random.seed(3)
-        transform = kind([-15, 15], expand=False).get_transform(image)
-        drawn.append((transform.angle, transform.apply_image(image)))
-        assert transform.apply_box(np.zeros((0, 4))).shape == (0, 4)
-    assert drawn[0][0] == drawn[1][0] and np.array_equal(drawn[0][1], drawn[1][1])
 
 
 # ---- expand_dataset ----------------------------------------------------------------------------
