@@ -17,8 +17,8 @@ def find_context(tree: VocTree, reach: int, *, by_name: bool = False) -> dict[st
     """The neighbours of each image within its series, for channels of context and sequences.
 
     DICOM files say which series they are of and where they lie. For PNG and JPEG ``patients.csv``
-    has to say it in the columns ``series`` (or else ``study`` or ``patient``) and ``position_mm``,
-    along the slice normal.
+    has to say it in ``position_mm``, along the slice normal, and, where a patient has several, the
+    columns ``study`` and ``series``.
 
     Args:
         tree: all of its images are looked at, whatever their list.

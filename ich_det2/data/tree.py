@@ -414,8 +414,9 @@ class VocTree:
     def places(self) -> dict[str, tuple[str, float]]:
         """Series and position along the slice normal in mm by image id, as ``patients.csv`` says.
 
-        A study or else a patient stands for the series where there is no such column; NaN for a
-        position that is not given. Empty without the file.
+        A series is known by its patient, study and series, as far as the columns are filled, since
+        two patients may each have a series 1; so slices without a series are one of their study,
+        or else of their patient. NaN for a position that is not given. Empty without the file.
 
         Raises:
             ValueError: as :attr:`patients`, or a position is no number.
@@ -432,7 +433,8 @@ class VocTree:
                     f"{self.root / PATIENTS}, line {number}: position_mm is '{text[:40]}', expected"
                     " a number of millimetres."
                 )
-            places[image] = (row.get("series") or row.get("study") or row["patient"], position)
+            names = (row.get(key, "") for key in ("patient", "study", "series"))
+            places[image] = "\n".join(names), position
         return places
 
     @cached_property
@@ -504,8 +506,9 @@ class VocTree:
     # ---- patients and places from headers ------------------------------------------------------
 
     def place(self, image: str) -> tuple[str, float]:
-        """Series and position along the slice normal in mm of an image: a DICOM file says it
-        itself, for a picture ``patients.csv`` does; empty and NaN where neither does."""
+        """What tells the series of an image from all others, as identifying as its headers, and
+        its position along the slice normal in mm: a DICOM file says it itself, for a picture
+        ``patients.csv`` does; empty and NaN where neither does."""
         path = self.images[image]
         if is_picture(path):
             return self.places.get(image, ("", math.nan))

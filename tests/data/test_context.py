@@ -8,8 +8,9 @@ from PIL import Image
 
 from ich_det2.data import IchDatasetMapper, load_ich_voc
 from ich_det2.data.augmentation import RandomShiftScale
-from ich_det2.data.context import find_context, find_places
+from ich_det2.data.context import find_context, find_places, find_scans
 from ich_det2.data.tree import VocTree
+from ich_det2.inference.slices import find_slices
 
 NAMES = ["c", "a", "d", "b"]  # from the feet to the head
 GREY = {"c": 10, "a": 20, "d": 30, "b": 40}
@@ -78,11 +79,46 @@ def test_places_come_with_the_data_and_through_the_mapper(tree, kind):
     root = tree(kind)
     mapper = IchDatasetMapper(False, augmentations=[], windows=[[50, 100]])
     found = [mapper(d) for d in load_ich_voc(root, "train")]
-    series = "s" if kind == "png" else "1.2"
-    assert [(x["image_id"], x["series"], x["position_mm"]) for x in found] == [
-        ("c", series, 0.0),
-        ("a", series, 5.0),
-    ]
+    assert [(x["image_id"], x["position_mm"]) for x in found] == [("c", 0.0), ("a", 5.0)]
+    assert found[0]["series"] == found[1]["series"] != ""
+
+
+SAME_NAMES = {
+    "of two patients": ("c,p,,1,0", "a,p,,1,5", "d,q,,1,0", "b,q,,1,5"),
+    "of two studies": ("c,p,x,1,0", "a,p,x,1,5", "d,p,y,1,0", "b,p,y,1,5"),
+    "without series": ("c,p,x,,0", "a,p,x,,5", "d,p,y,,0", "b,p,y,,5"),
+    "without study and series": ("c,p,,,0", "a,p,,,5", "d,q,,,0", "b,q,,,5"),
+}
+
+
+@pytest.mark.parametrize("rows", SAME_NAMES.values(), ids=SAME_NAMES)
+def test_series_of_one_name_are_apart(tree, rows):
+    root = tree("png")
+    text = "\n".join(["image,patient,study,series,position_mm", *rows, ""])
+    (root / "patients.csv").write_text(text)
+    known = VocTree(root)
+    assert find_context(known, 1) == {
+        **{"c": ["c", "c", "a"], "a": ["c", "a", "a"]},
+        **{"d": ["d", "d", "b"], "b": ["d", "b", "b"]},
+    }
+    assert find_scans(known, NAMES, 2)["d"] == ["d", "b"]
+    assert sorted(members for members, _ in known.series()) == [["a", "c"], ["b", "d"]]
+    dicts = load_ich_voc(root, "train") + load_ich_voc(root, "val")
+    assert len({(d["patient_id"], d["series"]) for d in dicts}) == 2
+    diagnosed = find_slices([root / "JPEGImages"]).slices
+    assert len({(s.patient, s.series) for s in diagnosed}) == 2
+
+
+def test_series_of_one_uid_are_apart_by_patient(tree, write_ct):
+    root = tree("dicom")
+    (root / "patients.csv").unlink()
+    for name, patient in zip(NAMES, "ppqq"):
+        write_ct(
+            root / "DICOM" / f"{name}.dcm", np.zeros((48, 64)), SeriesInstanceUID="1.2",
+            PatientID=patient, ImagePositionPatient=[0, 0, 5 * NAMES.index(name)],
+            ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+        )  # fmt: skip
+    assert find_context(VocTree(root), 1)["a"] == ["c", "a", "a"]
 
 
 def test_where_a_place_is_not_known_there_is_none(tree):

@@ -274,15 +274,18 @@ def read_place(path: str | os.PathLike) -> tuple[str, float]:
     """Where the slice of a file lies.
 
     Returns:
-        Series Instance UID, and the position along the slice normal in mm; empty and NaN where
-        the file does not say.
+        What tells its series from all others (Patient ID, Study and Series Instance UID, for not
+        all who take identities out of files keep UIDs unique), and the position along the slice
+        normal in mm; empty and NaN where the file does not say.
 
     Raises:
         FileNotFoundError, ValueError: as ``read_hu``.
     """
     with naming(path), open(path, "rb") as file:
         entry = CTSlice(Path(path), read_headers(file)[0])
-    return entry.header.values.text("SeriesInstanceUID"), entry.position_mm
+    keys = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+    patient, study, series = map(entry.header.values.text, keys)
+    return "\n".join((patient, study, series)) if series else "", entry.position_mm
 
 
 def read_spacing(path: str | os.PathLike) -> tuple[float, float]:
