@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from highdicom.sc import SCImage
@@ -12,6 +14,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from .equipment import device, series_attributes
 from .study import NOTICE, StudyDiagnosis
+
+if TYPE_CHECKING:
+    from ..inference.results import SliceDiagnosis
 
 _COPIED = (
     *("StudyDescription", "PatientIdentityRemoved", "DeidentificationMethod"),
@@ -25,7 +30,7 @@ def build_captures(study: StudyDiagnosis) -> Iterator[SCImage]:
         header = study.header(s)
         picture = SCImage.from_ref_dataset(
             header,
-            pixel_array=study.diagnosis.draw(s, _caption(header, s.source.frame)),
+            pixel_array=study.diagnosis.draw(_faint(study, s), _caption(header, s.source.frame)),
             photometric_interpretation="RGB",
             bits_allocated=8,
             coordinate_system="PATIENT",
@@ -48,6 +53,14 @@ def build_captures(study: StudyDiagnosis) -> Iterator[SCImage]:
             source.ReferencedFrameNumber = s.source.frame + 1
         picture.SourceImageSequence = [source]
         yield picture
+
+
+def _faint(study: StudyDiagnosis, s: SliceDiagnosis) -> SliceDiagnosis:
+    """A slice as it is to be drawn: a box on a negative one is no finding, whatever its score."""
+    if s.verdict == "positive":
+        return s
+    below = np.nextafter(study.diagnosis.threshold, -np.inf)
+    return replace(s, scores=np.minimum(s.scores, below))
 
 
 def _caption(header: Dataset, frame: int | None) -> str:

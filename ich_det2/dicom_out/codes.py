@@ -11,6 +11,7 @@ PERCENT = Code("%", "UCUM", "Percent")
 QUALITATIVE_EVALUATIONS = Code("C0034375", "UMLS", "Qualitative Evaluations")
 COMMENT = Code("121106", "DCM", "Comment")
 ARTIFICIAL_INTELLIGENCE = Code("123110", "DCM", "Artificial Intelligence")
+SOURCE = Code("121112", "DCM", "Source of Measurement")
 OF_INTEREST = Code("113000", "DCM", "Of Interest")
 
 VERDICTS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from highdicom.sr import (
     CodeContentItem,
@@ -10,6 +11,7 @@ from highdicom.sr import (
     ComprehensiveSR,
     ContainerContentItem,
     FindingSite,
+    ImageContentItem,
     ImageRegion,
     Measurement,
     MeasurementReport,
@@ -32,10 +34,14 @@ from .codes import (
     HEMORRHAGE,
     PERCENT,
     QUALITATIVE_EVALUATIONS,
+    SOURCE,
     VERDICTS,
 )
 from .equipment import algorithm, device, observer, series_attributes
 from .study import Finding, StudyDiagnosis
+
+if TYPE_CHECKING:
+    from ..inference.results import SliceDiagnosis
 
 _CLASSES = {"3d": Comprehensive3DSR, "comprehensive": ComprehensiveSR}
 
@@ -47,7 +53,8 @@ def build_report(
     study: StudyDiagnosis, sr_class: str = "3d", previous: Sequence[Dataset] = ()
 ) -> Comprehensive3DSR | ComprehensiveSR:
     """A report with a measurement group for each box: a closed polyline on its slice and the score
-    as certainty; and the verdict as a qualitative evaluation, in code and in words.
+    as certainty; and the verdict as a qualitative evaluation, in code and in words, with references
+    to the positive slices of which no box is in the report.
 
     Args:
         study: to report.
@@ -65,7 +72,7 @@ def build_report(
     )[0]
     if not groups:
         del content.ContentSequence[-1]
-    content.ContentSequence.append(_verdict(study, len(shown)))
+    content.ContentSequence.append(_verdict(study, shown))
     return _CLASSES[sr_class](
         evidence=study.headers,
         content=content,
@@ -111,16 +118,29 @@ def _placeholder(study: StudyDiagnosis) -> PlanarROIMeasurementsAndQualitativeEv
     return _group(study, Finding(study.worst, box, 0.0, "none"), 0)
 
 
-def _verdict(study: StudyDiagnosis, n_shown: int) -> ContainerContentItem:
+def _verdict(study: StudyDiagnosis, shown: Sequence[Finding]) -> ContainerContentItem:
     """TID 1500's row of qualitative evaluations, which the library does not write."""
     sentence, n_found = study.sentence, len(study.findings)
-    if n_found > n_shown:
-        sentence += f" The {n_shown} highest scored of {n_found} boxes are in this report."
+    if n_found > len(shown):
+        sentence += f" The {len(shown)} highest scored of {n_found} boxes are in this report."
+    code = CodeContentItem(HEMORRHAGE, VERDICTS[study.verdict], relationship_type="CONTAINS")
+    if others := [s for s in study.positive if all(f.source is not s for f in shown)]:
+        sentence += f" {len(others)} positive slice(s) without a box here are referenced."
+        code.ContentSequence = ContentSequence(_reference(study, s) for s in others)
     container = ContainerContentItem(QUALITATIVE_EVALUATIONS, relationship_type="CONTAINS")
     container.ContentSequence = ContentSequence(
-        [
-            CodeContentItem(HEMORRHAGE, VERDICTS[study.verdict], relationship_type="CONTAINS"),
-            TextContentItem(COMMENT, sentence, relationship_type="CONTAINS"),
-        ]
+        [code, TextContentItem(COMMENT, sentence, relationship_type="CONTAINS")]
     )
     return container
+
+
+def _reference(study: StudyDiagnosis, s: SliceDiagnosis) -> ImageContentItem:
+    """A slice that a verdict was inferred from."""
+    header, frame = study.header(s), s.source.frame
+    return ImageContentItem(
+        SOURCE,
+        header.SOPClassUID,
+        header.SOPInstanceUID,
+        referenced_frame_numbers=None if frame is None else [frame + 1],
+        relationship_type="INFERRED FROM",
+    )

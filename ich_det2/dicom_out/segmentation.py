@@ -18,8 +18,8 @@ from .study import NoSegmentation, StudyDiagnosis
 
 def build_segmentations(study: StudyDiagnosis) -> Iterator[Segmentation]:
     """A segmentation for each series in which something was found: a segment for each class, the
-    union of its masks at or above the threshold. A series whose images differ in size gets one for
-    each size, since a segmentation is of one grid.
+    union of its masks at or above the threshold on positive slices. A series whose images differ in
+    size gets one for each size, since a segmentation is of one grid.
 
     Raises:
         NoSegmentation: the model gives no masks, or the images do not say where they lie.
@@ -75,6 +75,7 @@ def _segments(study: StudyDiagnosis, slices, headers) -> tuple[np.ndarray, list[
     found = [
         (name, first[study.header(s).SOPInstanceUID] + (s.source.frame or 0), decode_mask(mask))
         for s in slices
+        if s.verdict == "positive"
         for name, score, mask in zip(s.classes, s.scores, s.masks, strict=True)
         if score >= threshold
     ]

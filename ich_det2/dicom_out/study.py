@@ -41,7 +41,7 @@ class NoSegmentation(ValueError):
 
 @dataclass(frozen=True)
 class Finding:
-    """A box at or above the threshold.
+    """A box at or above the threshold, on a positive slice.
 
     Attributes:
         source: the slice it is on.
@@ -81,14 +81,23 @@ class StudyDiagnosis:
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """The boxes at or above the threshold, strongest first."""
+        """The boxes at or above the threshold on positive slices, strongest first.
+
+        Scores of slices and of boxes are smoothed apart, so a negative slice may have such a box,
+        which is then no more than one below the threshold.
+        """
         found = [
             Finding(s, box, float(score), name)
-            for s in self.slices
+            for s in self.positive
             for box, score, name in zip(s.boxes, s.scores, s.classes, strict=True)
             if score >= self.diagnosis.threshold
         ]
         return tuple(sorted(found, key=lambda f: -f.score))
+
+    @cached_property
+    def positive(self) -> tuple[SliceDiagnosis, ...]:
+        """The slices at or above the threshold."""
+        return tuple(s for s in self.slices if s.verdict == "positive")
 
     @cached_property
     def worst(self) -> SliceDiagnosis:
@@ -114,11 +123,19 @@ class StudyDiagnosis:
 
     @property
     def verdict(self) -> str:
-        """ "present", "absent", or "undetermined": where no slice is positive a bleed may hide in
-        one that was not read."""
+        """ "present", "absent", or "undetermined": where the study is not positive a bleed may hide
+        in a slice that was not read, or be on one that is positive alone where the patient rule
+        asks for more."""
         if self.score >= self.diagnosis.threshold:
             return "present"
-        return "absent" if self.n_lost == 0 and np.isfinite(self.score) else "undetermined"
+        return "absent" if not self._doubts else "undetermined"
+
+    @property
+    def _doubts(self) -> str:
+        """Why a study that is not positive is not negative either."""
+        if self.n_lost or not np.isfinite(self.score):
+            return "but the study is INCOMPLETE"
+        return f"but {len(self.positive)} slice(s) are POSITIVE" if self.positive else ""
 
     @property
     def sentence(self) -> str:
@@ -126,7 +143,7 @@ class StudyDiagnosis:
         verdict = {
             "present": "Intracranial hemorrhage: suspected",
             "absent": "Intracranial hemorrhage: not found",
-            "undetermined": "Intracranial hemorrhage: not found, but the study is INCOMPLETE",
+            "undetermined": f"Intracranial hemorrhage: not found, {self._doubts}",
         }[self.verdict]
         lost = f", {self.n_lost} not read or missing" if self.n_lost else ""
         score = f"score {self.score:.3f}, " if np.isfinite(self.score) else ""
@@ -159,6 +176,7 @@ class StudyDiagnosis:
         whose = [str(self.headers[0].get(keyword, "")) for keyword in _TYPE_2]
         # As engines round alike.
         found = [f"{f.source.source.identity.sop_uid} {f.score:.3f}" for f in self.findings]
+        found += [f"{s.source.identity.sop_uid}#{s.source.frame} positive" for s in self.positive]
         told = (
             __version__,
             model,

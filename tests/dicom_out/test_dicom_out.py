@@ -265,6 +265,66 @@ def test_slices_that_were_not_read_give_no_bare_absent(
     )
 
 
+def smoothed(diagnosis, **verdicts):
+    """As if the scores of slices were smoothed otherwise than those of boxes.
+
+    Args:
+        diagnosis: of slices that are alike.
+        verdicts: by index, as "s3", what the slice is instead.
+    """
+    scores = {"positive": 0.45, "negative": 0.3}
+    slices = [
+        replace(s, verdict=v, score=scores[v])
+        for s in diagnosis.slices
+        for v in [verdicts.get(f"s{s.index}", "negative")]
+    ]
+    return replace(diagnosis, slices=tuple(slices))
+
+
+def test_boxes_of_negative_slices_are_no_findings(phantom, tmp_path):
+    diagnosis = smoothed(look([phantom], 0.9, masks=True))
+    (study,) = studies(diagnosis)
+    assert study.verdict == "absent" and study.findings == ()
+    built = dict(build_objects(study, ALL_KINDS))
+    assert verdict_of(built["sr"])[0] == "Absent" and "seg" not in built
+    assert not hd.sr.MeasurementReport.from_sequence([built["sr"]])._find_measurement_groups()
+    (drawn,) = built["gsps"].GraphicAnnotationSequence
+    assert "GraphicObjectSequence" not in drawn and len(drawn.TextObjectSequence) == 1
+    assert drawn.TextObjectSequence[0].UnformattedTextValue.startswith("NEGATIVE 0.300")
+    below = [replace(s, scores=np.full(2, 0.399)) for s in diagnosis.slices]
+    (same,) = studies(replace(diagnosis, slices=tuple(below)))
+    ((_, expected),) = build_objects(same, ["sc"])
+    assert built["sc"].PixelData == expected.PixelData
+
+
+@needs_validators
+@pytest.mark.parametrize("source", ["phantom", "enhanced"], indirect=True)
+@pytest.mark.parametrize("sr_class", ["3d", "comprehensive"])
+def test_a_positive_slice_without_a_box_is_referenced(source, sr_class, tmp_path):
+    diagnosis = smoothed(look([source], 0.3), s3="positive", s4="positive")
+    slices = [replace(s, scores=np.array([0.42])) if s.index == 4 else s for s in diagnosis.slices]
+    diagnosis = replace(diagnosis, slices=tuple(slices))
+    sr, *others = write_dicom(diagnosis, tmp_path / "out", sr_class=sr_class)
+    assert {str(f): errors for f in (sr, *others) if (errors := check(f))} == {}
+    sr = pydicom.dcmread(sr)
+    meaning, text = verdict_of(sr)
+    assert meaning == "Present" and "1 positive slice(s) without a box here are" in text
+    assert len(hd.sr.MeasurementReport.from_sequence([sr])._find_measurement_groups()) == 1
+    (image,) = sr.ContentSequence[-1].ContentSequence[0].ContentSequence
+    (reference,) = image.ReferencedSOPSequence
+    where = slices[3].source
+    assert reference.ReferencedSOPInstanceUID == where.identity.sop_uid
+    frame = None if where.frame is None else where.frame + 1
+    assert reference.get("ReferencedFrameNumber") == frame
+
+
+def test_a_study_with_a_positive_slice_is_not_absent(phantom):
+    diagnosis = smoothed(look([phantom], 0.9), s3="positive")
+    diagnosis = replace(diagnosis, model={**diagnosis.model, "patient_rule": "at_least_2"})
+    (study,) = studies(diagnosis)
+    assert study.verdict == "undetermined" and "but 1 slice(s) are POSITIVE" in study.sentence
+
+
 def uids(diagnosis, **kwargs):
     (study,) = studies(diagnosis)
     return [ds.SOPInstanceUID for _, ds in build_objects(study, **kwargs)]
