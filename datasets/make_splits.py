@@ -227,6 +227,13 @@ def report(
             f"{hits / len(ids):.1%}" if ids else "-",
         )
     Console().print(table)
+    for name, ids in splits.items():
+        if ids and not any(positive[image] for image in ids):
+            print(
+                f"WARNING: {name} has no image with hemorrhage, so nothing can be learnt of, or"
+                " measured on, bleeding slices there; give more patients or other ratios.",
+                file=sys.stderr,
+            )
 
 
 def warn_of_leakage(splits: Mapping[str, Sequence[str]], patients: Patients) -> None:

@@ -71,7 +71,9 @@ def split_stratified(
 
     Groups are placed one by one, those with the rarest types and the most images first, each where
     the counts of images, of positive images and of images of each type then deviate least from
-    their shares (a greedy form of iterative stratification, Sechidis et al. 2011, on groups).
+    their shares (a greedy form of iterative stratification, Sechidis et al. 2011, on groups). The
+    last groups with positive images go to splits that would stay without, so that no split is,
+    where there are groups enough.
 
     Args:
         groups: the N groups of the images.
@@ -113,6 +115,10 @@ def split_stratified(
         empty = [s for s in wanted if not filled[s].any()]
         # The last groups go to splits that would stay empty.
         allowed = empty if len(order) - place <= len(empty) else wanted
+        lacking = [s for s in wanted if not filled[s, 1]]
+        left = sum(weight[other][1] > 0 for other in order[place:])
+        if weight[label][1] and left <= len(lacking):
+            allowed = [s for s in lacking if s in allowed] or lacking
         missing = shares[:, None] - filled
         gain = [
             (missing[s] ** 2).sum() - ((missing[s] - weight[label]) ** 2).sum() for s in allowed

@@ -174,6 +174,15 @@ def test_stratified_split_is_the_same_for_any_order_of_images_and_differs_by_see
     assert [p.tolist() for p in other] != [p.tolist() for p in parts]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_no_stratified_split_is_without_positives_where_patients_are_enough(seed):
+    # Each of three bleeding patients has a type of its own, of which no share can be kept.
+    groups = [f"p{k}" for k in range(6) for _ in range(10)]
+    types = [{"abc"[int(g[1])]} if g[1] in "012" else set() for g in groups]
+    parts = split_stratified(groups, types, [0.5, 0.2, 0.3], seed=seed)
+    assert all(any(types[i] for i in part) for part in parts)
+
+
 def test_stratified_split_fills_every_wanted_split():
     parts = split_stratified(
         ["a"] * 50 + ["b", "c"], [{"x"}] * 50 + [set()] * 2, [0.5, 0, 0.2, 0.3]
