@@ -153,6 +153,12 @@ def load_ich_voc(
             }
             for obj in annotation.objects
         ]
+        if annotations and tree.labels.get(image_id) == 0:
+            raise ValueError(
+                f"{annotation.path} has {len(annotations)} boxes of hemorrhage, but labels.csv of"
+                f" {tree.root} says 0, no hemorrhage, of '{image_id}'; one of them is wrong: mend"
+                " the label or remove the boxes."
+            )
         for entry, mask in zip(annotations, tree.masks(image_id) if masks and annotations else ()):
             if mask is not None:
                 entry["segmentation"] = encode_mask(mask)

@@ -1,10 +1,15 @@
 """Which slices are trained on, and how often."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from detectron2.data.samplers import TrainingSampler
+
+
+def image_labels(dataset: Iterable[dict]) -> list[int]:
+    """1 for each slice that bleeds, as "image_label" of its dataset dict, or else a box, says."""
+    return [int(d.get("image_label", len(d.get("annotations", ())) > 0)) for d in dataset]
 
 
 class PositiveShareSampler(TrainingSampler):

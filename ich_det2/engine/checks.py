@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from .. import zoo
 from ..data.datasets import check_images, fingerprint, register_ich_datasets
 from ..data.mapper import IchDatasetMapper
+from ..data.samplers import PositiveShareSampler, image_labels
 from ..evaluation.evaluator import metric_names
 from ..modeling import KnownMaskHead
 from ..modeling.keys import THAWED, check_read_keys
@@ -323,8 +324,13 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> dict[str, list[dict]]:
         read[name] = DatasetCatalog.get(name)
         check_images(read[name])
         _check_classes(cfg, name)
-    if _asks_for_masks(cfg) and not eval_only:
-        _check_masks(cfg, [d for name in cfg.DATASETS.TRAIN for d in read[name]])
+    if not eval_only:
+        learnt = [d for name in cfg.DATASETS.TRAIN for d in read[name]]
+        if _asks_for_masks(cfg):
+            _check_masks(cfg, learnt)
+        if cfg.DATALOADER.SAMPLER_TRAIN == PositiveShareSampler.__name__:
+            settings = cfg.DATALOADER.POSITIVE_SHARE, cfg.SOLVER.IMS_PER_BATCH
+            PositiveShareSampler(image_labels(learnt), *settings, seed=0)
     if cfg.TEST.DIAGNOSIS.SMOOTHING:
         scored = (cfg.DATASETS[role] for role in roles if role != "TRAIN")
         for name in dict.fromkeys(itertools.chain(*scored)):
@@ -400,7 +406,7 @@ def _check_places(name: str, dicts: Sequence[dict]) -> None:
 
 def _check_labels(cfg: CfgNode) -> None:
     dicts = itertools.chain(*map(DatasetCatalog.get, cfg.DATASETS.TRAIN))
-    labels = [int(d.get("image_label", len(d.get("annotations", ())) > 0)) for d in dicts]
+    labels = image_labels(dicts)
     if len(set(labels)) < 2:
         raise ValueError(
             f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)}: the {len(labels)} slices are all of"

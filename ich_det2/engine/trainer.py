@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from ..data.augmentation import expand_dataset
 from ..data.crop import uncrop
 from ..data.mapper import IchDatasetMapper
-from ..data.samplers import PositiveShareSampler
+from ..data.samplers import PositiveShareSampler, image_labels
 from ..evaluation.evaluator import DiagnosisEvaluator
 from ..evaluation.mask_evaluator import MaskEvaluator, is_known
 from .checkpoint import IchCheckpointer, for_inference
@@ -163,7 +163,7 @@ class IchTrainer(DefaultTrainer):
         sampler = None  # as DATALOADER.SAMPLER_TRAIN names it
         if cfg.DATALOADER.SAMPLER_TRAIN == PositiveShareSampler.__name__:
             sampler = PositiveShareSampler(
-                [int(d.get("image_label", len(d["annotations"]) > 0)) for d in dataset],
+                image_labels(dataset),
                 cfg.DATALOADER.POSITIVE_SHARE,
                 cfg.SOLVER.IMS_PER_BATCH,
                 seed=int(comm.shared_random_seed()),

@@ -62,6 +62,12 @@ def marked_tree(voc_tree):
     return root
 
 
+def test_a_label_that_denies_a_box_is_an_error(marked_tree):
+    (marked_tree / "labels.csv").write_text("image,label\na,0\nb,0\n")
+    with pytest.raises(ValueError, match=r"a\.xml has 1 boxes of hemorrhage, but labels.csv"):
+        load_ich_voc(marked_tree, "train")
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_fingerprint_tells_each_change(marked_tree, change):
     before = mark()(marked_tree)

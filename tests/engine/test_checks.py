@@ -15,6 +15,7 @@ from ich_det2 import add_ich_config
 from ich_det2.anchors import AnchorPairs, Anchors
 from ich_det2.data import IchDatasetMapper
 from ich_det2.data.datasets import register_ich_datasets
+from ich_det2.data.tree import VocTree
 from ich_det2.engine.anchors import (
     anchor_levels,
     anchor_settings,
@@ -51,6 +52,16 @@ def cfg_on(tiny_cfg, full_tree, tmp_path):
         return tiny_cfg("DATASETS.ICH_ROOT", root, "OUTPUT_DIR", out, *opts)
 
     return make
+
+
+def test_what_a_sampler_lacks_is_said_before_anything_is_written(cfg_on, tmp_path):
+    cfg = cfg_on("DATALOADER.SAMPLER_TRAIN", "PositiveShareSampler")
+    table = Path(cfg.DATASETS.ICH_ROOT) / "labels.csv"
+    images = VocTree(cfg.DATASETS.ICH_ROOT).images
+    table.write_text("\n".join(["image,label", *(f"{image},1" for image in images), ""]))
+    with pytest.raises(ValueError, match="have hemorrhage and 0 have none"):
+        check(cfg)
+    assert not (tmp_path / "out").exists()
 
 
 def check(cfg, **kwargs):
