@@ -28,7 +28,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="OUTPUT_DIR of a training"
+        "runs", nargs="+", metavar="RUN", help="OUTPUT_DIR of a training, or zoo://NAME"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--flip", action="store_true", help="each sees the mirrored slice too")

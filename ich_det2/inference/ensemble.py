@@ -38,8 +38,8 @@ def combine_runs(
         runs: OUTPUT_DIRs of trainings.
         output: a folder that holds no training.
         flip: each member also sees the slice mirrored.
-        iou_threshold: from which on boxes are fused; that of the first run's NMS if None, since
-            a member leaves no two boxes nearer than that.
+        iou_threshold: from which on boxes of different members are fused; that of the first run's
+            NMS if None, which says from where on two boxes are of one lesion.
         threshold: operating threshold; that of the first run's config if None.
 
     Returns:

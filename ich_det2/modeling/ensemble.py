@@ -142,9 +142,11 @@ def fuse_boxes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted box fusion of several results (after Solovyev et al., arXiv:1910.13302).
 
-    Boxes are gathered around the highest scored one that is left: all of its class that overlap it
-    by the threshold. A cluster's box is the mean by scores; its score is the mean over the K
-    results of the highest score that each has in the cluster, 0 where it has none.
+    Boxes are gathered around the highest scored one that is left: of its class and of each other
+    result, the highest scored one that overlaps it by the threshold. A cluster's box is the mean by
+    scores; its score is the mean over the K results, 0 where one has none. Unlike there, boxes of
+    one result are never fused: it has chosen what it leaves apart, by NMS or by Soft-NMS, and an
+    ensemble of one answers as that one.
 
     Args:
         boxes: K tensors, (D_k, 4), XYXY.
@@ -161,20 +163,21 @@ def fuse_boxes(
     order = score.argsort(descending=True, stable=True)
     box, score, kind, source = box[order], score[order], kind[order], source[order]
     near = (box_iou(box, box) >= iou_threshold) & (kind[:, None] == kind)
+    near &= source[:, None] != source
     left = torch.ones(len(box), dtype=torch.bool, device=box.device)
     # The box that each belongs to: the first, as the highest scored, that took it.
     clusters = []
     for i in range(len(box)):
         if not left[i]:
             continue
-        taken = near[i] & left
-        taken[i] = True  # also where a box has no area
-        left &= ~taken
+        beside = (near[i] & left).nonzero().flatten().tolist()
+        firsts = {int(source[j]): j for j in reversed(beside)}  # they come by falling score
+        taken = [i, *sorted(firsts.values())]
+        left[taken] = False
         weights = score[taken]
         total = weights.sum()
         mean = (box[taken] * weights[:, None]).sum(dim=0) / total if total > 0 else box[i]
-        best = score.new_zeros(number).scatter_reduce_(0, source[taken], weights, "amax")
-        clusters.append((mean, best.mean(), kind[i]))
+        clusters.append((mean, total / number, kind[i]))
     if not clusters:
         return box, score, kind
     fused = [torch.stack(values) for values in zip(*clusters)]

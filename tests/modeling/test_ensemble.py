@@ -24,12 +24,23 @@ def test_fused_boxes_by_hand():
     torch.testing.assert_close(box, wanted)
 
 
-def test_a_result_counts_once_in_a_cluster():
-    boxes = [boxes_of([0, 0, 10, 10], [0, 0, 10, 11]), boxes_of()]
-    classes = [tensor([0, 0]), torch.zeros(0, dtype=torch.int64)]
-    box, score, _ = fuse_boxes(boxes, [tensor([0.8, 0.4]), torch.zeros(0)], classes)
-    torch.testing.assert_close(score, tensor([0.4]))
-    torch.testing.assert_close(box, boxes_of([0, 0, 10, (0.8 * 10 + 0.4 * 11) / 1.2]))
+def test_boxes_of_one_result_stay_apart():
+    # As Soft-NMS leaves them. The other's box goes to the higher scored of the two.
+    boxes = [boxes_of([0, 0, 10, 10], [0, 0, 10, 11]), boxes_of([0, 0, 10, 12])]
+    classes = [tensor([0, 0]), tensor([0])]
+    box, score, _ = fuse_boxes(boxes, [tensor([0.8, 0.4]), tensor([0.2])], classes)
+    torch.testing.assert_close(score, tensor([0.5, 0.2]))
+    high = (0.8 * 10 + 0.2 * 12) / 1.0
+    torch.testing.assert_close(box, boxes_of([0, 0, 10, high], [0, 0, 10, 11]))
+
+
+def test_an_ensemble_of_one_is_that_one():
+    corner = 30 * torch.rand(20, 2, generator=torch.Generator().manual_seed(0))
+    boxes, scores = torch.cat([corner, corner + 20], dim=1), torch.linspace(1, 0, 20)
+    classes = torch.zeros(20, dtype=torch.int64)
+    for iou_threshold in (0.01, 0.3, 0.9):
+        found = fuse_boxes([boxes], [scores], [classes], iou_threshold=iou_threshold)
+        torch.testing.assert_close(found, (boxes, scores, classes))
 
 
 def test_nothing_fused_is_nothing():
