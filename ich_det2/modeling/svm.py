@@ -4,6 +4,7 @@ Shape glossary: N slices, C channels, S the side of the network's input in pixel
 slice, V support vectors.
 """
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from .classifier_networks import CLASSIFIER_REGISTRY, AlexNet
+
+logger = logging.getLogger(__name__)
 
 FOLDS = 5
 """Of the decisions that the logits are fitted to, at most."""
@@ -57,8 +60,10 @@ class SVM(nn.Module):
         """Fits all buffers.
 
         Where two groups or more have slices of each label, the logits are a logistic regression on
-        decisions about groups that were left out, see :func:`left_out`; else the decisions
-        themselves. The time grows with the square of N.
+        decisions about groups that were left out, see :func:`left_out`; else, and where those
+        decisions rise as slices are the less likely to bleed, the decisions themselves: a fit on so
+        few patients must not turn the machine's answer around. The time grows with the square of
+        N.
 
         Args:
             features: (N, D), on any device.
@@ -99,7 +104,13 @@ class SVM(nn.Module):
         if folds := left_out(y, range(len(y)) if groups is None else groups):
             decisions = cross_val_predict(machine, x, y, cv=folds, method="decision_function")
             line = LogisticRegression().fit(decisions[:, None], y)
-            slope, offset = line.coef_[0, 0], line.intercept_[0]
+            if line.coef_[0, 0] > 0:
+                slope, offset = line.coef_[0, 0], line.intercept_[0]
+            else:
+                logger.warning(
+                    "The support vector machine ranks patients that it was not fitted to no better"
+                    " than chance: its decisions stand for logits as they are."
+                )
         self._set(slope=slope, offset=offset)
 
     def _set(self, **values) -> None:
