@@ -182,8 +182,22 @@ def differences_to(
 
 
 def not_above_chance(yardsticks: Iterable[Yardstick]) -> bool:
-    """Whether no seed's AUC of slices is above 0.5 with its 95 % interval over patients."""
-    lows = [
-        delong_interval(y.found.labels, y.found.scores, y.found.patients)[0] for y in yardsticks
-    ]
-    return not any(low > 0.5 for low in lows)
+    """Whether no seed's AUC of slices is above 0.5 with its 95 % interval over patients.
+
+    An AUC of 1 has no interval. It is above chance where less than one in 40 orders of as many
+    patients puts all that bleed before all others.
+    """
+    return not any(_is_above_chance(y.found) for y in yardsticks)
+
+
+def _is_above_chance(found: Predictions) -> bool:
+    low, _ = delong_interval(found.labels, found.scores, found.patients)
+    if not math.isnan(low):
+        return low > 0.5
+    bleeding = np.asarray(found.labels) == 1
+    scores = np.asarray(found.scores)
+    if bleeding.all() or not bleeding.any() or scores[bleeding].min() <= scores[~bleeding].max():
+        return False
+    patients = np.asarray(found.patients)
+    number, positive = len({*patients}), len({*patients[bleeding]})
+    return math.comb(number, positive) > 40

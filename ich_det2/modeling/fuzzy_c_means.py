@@ -65,7 +65,10 @@ def memberships(values: np.ndarray, centers: np.ndarray, fuzziness: float = 2.0)
     Returns:
         (K, M), of sum 1 over clusters.
     """
-    distances = np.abs(np.asarray(values, dtype=float) - np.asarray(centers, dtype=float)[:, None])
+    values, centers = np.asarray(values, dtype=float), np.asarray(centers, dtype=float)
+    distances = np.abs(values - centers[:, None])
+    # A mean of equal values may be off by rounding.
+    distances[distances <= 1e-12 * np.maximum(np.abs(values), np.abs(centers)[:, None])] = 0
     nearest = distances.min(axis=0)
     # By the ratio to the nearest, so that no power of a small distance overflows.
     near = np.where(

@@ -142,3 +142,11 @@ def test_a_system_is_above_chance_if_one_seed_is():
     flat = Yardstick(make_predictions([0.5] * 40, labels))
     assert not not_above_chance([good]) and not not_above_chance([flat, good])
     assert not_above_chance([flat])
+
+
+@pytest.mark.parametrize("positive, others, chance", [(3, 3, True), (3, 6, False), (20, 20, False)])
+def test_a_system_without_error_is_above_chance_if_patients_are_many(positive, others, chance):
+    number = positive + others
+    labels = (1,) * positive + (0,) * others
+    perfect = Yardstick(make_predictions([*range(number, 0, -1)], labels))
+    assert not_above_chance([perfect]) is chance

@@ -57,3 +57,9 @@ def test_a_cluster_to_which_nothing_belongs_stays():
 def test_what_cannot_be_clustered_is_refused(centers, fuzziness):
     with pytest.raises(ValueError, match="expected above 1, and one or more"):
         fuzzy_c_means(np.ones(3), centers, fuzziness=fuzziness)
+
+
+def test_equal_centers_share_whatever_rounding_does():
+    centers, members = fuzzy_c_means(np.array([5.0]), np.array([0.0, 10.0, 20.0]))
+    np.testing.assert_allclose(centers, 5)
+    np.testing.assert_allclose(members, 1 / 3)
