@@ -11,8 +11,8 @@ earlier), against first come, first served with the same exams. After Arbabshira
 report the time to diagnosis.
 
 Printed, and with --output written as CSV: the mean minutes from arrival to the end of the reading,
-of bleeding exams and of the others, which wait longer; 95 % intervals over worklists, each with
-patients drawn anew.
+of bleeding exams and of the others, which wait longer; with --median each worklist's median, which
+that publication reports. 95 % intervals over worklists, each with patients drawn anew.
 """
 
 import argparse
@@ -45,6 +45,9 @@ def parse_args(argv=None):
         "--threshold", type=float, help="of the patient (default: the run's operating point)"
     )
     parser.add_argument("--by", choices=("verdict", "score"), default="verdict")
+    parser.add_argument(
+        "--median", action="store_true", help="minutes of a worklist's middle exam, not their mean"
+    )
     parser.add_argument("--exams", type=int, default=200, help="of a worklist (default: 200)")
     parser.add_argument("--per-hour", type=float, default=10.0, help="that come (default: 10)")
     parser.add_argument("--minutes", type=float, default=5.0, help="of a reading (default: 5)")
@@ -61,6 +64,18 @@ def run(args) -> None:
     names, labels, scores = group_scores(
         found.patients, found.labels, found.scores, args.patient_rule
     )
+    unscored = [name for name, score in zip(names, scores) if not np.isfinite(score)]
+    if unscored and args.by == "score":
+        raise ValueError(
+            f"{args.predictions}: {len(unscored)} of {len(names)} patients, '{unscored[0]}' for"
+            f" one, have too few slices for a score by the rule {args.patient_rule}; take another"
+            " --patient-rule, or --by verdict."
+        )
+    if not 0 < labels.sum() < len(labels):
+        raise ValueError(
+            f"{args.predictions}: {int(labels.sum())} of {len(labels)} patients bleed, expected"
+            " some that do and some that do not."
+        )
     called = scores >= threshold_of(args) if args.by == "verdict" else None
     times = simulate(
         labels,
@@ -68,6 +83,7 @@ def run(args) -> None:
         worklist,
         n_worklists=args.worklists,
         prevalence=args.prevalence,
+        average=np.median if args.median else np.mean,
         seed=args.seed,
     )
     rows = []
