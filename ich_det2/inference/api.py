@@ -16,6 +16,7 @@ from .results import (
     Diagnosis,
     Progress,
     SliceDiagnosis,
+    find_areas,
     silent,
     summarize_patients,
     verdict,
@@ -125,6 +126,11 @@ def _detect(
         if found is None:
             continue
         shown = found.at_least(threshold / 2)
+        classes = tuple(model.classes[i] for i in shown.classes)
+        area_mm2 = None
+        if shown.masks is not None:
+            which = shown.masks, classes, shown.scores, threshold
+            area_mm2 = find_areas(entry.path, *which, model.classes)
         results.append(
             SliceDiagnosis(
                 source=entry,
@@ -132,10 +138,11 @@ def _detect(
                 verdict=verdict(found.score, threshold),
                 boxes=shown.boxes,
                 scores=shown.scores,
-                classes=tuple(model.classes[i] for i in shown.classes),
+                classes=classes,
                 raw_score=shown.raw_score,
                 raw_scores=shown.raw_scores,
                 masks=shown.masks,
+                area_mm2=area_mm2,
             )
         )
     return results, failed

@@ -145,7 +145,9 @@ def write_slices(diagnosis: Diagnosis, folder: Path) -> None:
     extra = ("patient_id", "series_uid", "sop_uid") if diagnosis.identify else ()
     if any(s.raw_score is not None for s in diagnosis.slices):
         extra += (RAW_SCORE,)
-    rows = map(_six_decimals, slice_rows(diagnosis))
+    classes = dict.fromkeys(c for s in diagnosis.slices for c in s.area_mm2 or ())
+    extra += tuple(f"area_mm2_{name}" for name in classes)
+    rows = [_by_class(_six_decimals(row), "area_mm2") for row in slice_rows(diagnosis)]
     write_csv(folder / "slices.csv", (*SLICE_FIELDS, *extra), rows)
 
 
@@ -156,10 +158,8 @@ def write_patients(diagnosis: Diagnosis, folder: Path) -> None:
     extra += tuple(f"volume_ml_{name}" for name in classes)
     rows = []
     for row in patient_rows(diagnosis):
-        volumes = row.pop("volume_ml", None) or {}
         told = {"complete": "yes" if row["complete"] else "no", "notes": "; ".join(row["notes"])}
-        volumes = {f"volume_ml_{name}": f"{value:.3f}" for name, value in volumes.items()}
-        rows.append(_six_decimals(row) | told | volumes)
+        rows.append(_by_class(_six_decimals(row) | told, "volume_ml"))
     write_csv(folder / "patients.csv", (*PATIENT_FIELDS, *extra, *NOTE_FIELDS), rows)
 
 
@@ -184,6 +184,12 @@ def _write_key(diagnosis: Diagnosis, path: Path) -> None:
         writer = csv.DictWriter(file, KEY_FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(diagnosis.key)
+
+
+def _by_class(row: dict, name: str) -> dict:
+    """A row with a column for each class in the place of what it says by class."""
+    values = row.pop(name, None) or {}
+    return row | {f"{name}_{kind}": f"{value:.3f}" for kind, value in values.items()}
 
 
 def _six_decimals(row: dict) -> dict:

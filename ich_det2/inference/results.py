@@ -65,6 +65,8 @@ class SliceDiagnosis:
         raw_score: the score before smoothing; None without smoothing.
         raw_scores: float64 (M,), those of the boxes before smoothing; None where they keep theirs.
         masks: M masks, as ``data.masks.encode_mask`` keeps them; None of a model without.
+        area_mm2: by class, of the masks at or above the threshold; None of a model without masks,
+            or where pixel spacing is not known.
     """
 
     source: Slice = field(repr=False)
@@ -76,6 +78,7 @@ class SliceDiagnosis:
     raw_score: float | None = None
     raw_scores: np.ndarray | None = None
     masks: tuple[dict, ...] | None = field(default=None, repr=False)
+    area_mm2: dict[str, float] | None = None
 
     @property
     def patient(self) -> str:
@@ -322,7 +325,7 @@ def summarize_patients(
                 worst_slice_file=worst and worst.file,
                 n_slices_missing=known.n_missing,
                 notes=known.notes,
-                volume_ml=find_volumes(own, threshold, classes),
+                volume_ml=find_volumes(own, classes),
                 patient_id=own[0].source.identity.patient_id if own else "",
             )
         )
@@ -330,7 +333,7 @@ def summarize_patients(
 
 
 def find_volumes(
-    slices: Sequence[SliceDiagnosis], threshold: float, classes: Sequence[str]
+    slices: Sequence[SliceDiagnosis], classes: Sequence[str]
 ) -> dict[str, float] | None:
     """Volumes of a patient's lesions by class, see :attr:`PatientDiagnosis.volume_ml`."""
     series: dict[str, list[SliceDiagnosis]] = {}
@@ -340,7 +343,8 @@ def find_volumes(
     for own in series.values():
         if any(s.masks is None for s in own):
             continue
-        areas = np.array([_areas_mm2(s, threshold, classes) for s in own])
+        unknown = dict.fromkeys(classes, math.nan)
+        areas = np.array([[*(s.area_mm2 or unknown).values()] for s in own])
         volumes, _ = volumes_ml(areas, [s.source.position_mm for s in own])
         found += [volumes] if np.isfinite(volumes).all() else []
     if not found:
@@ -348,15 +352,35 @@ def find_volumes(
     return dict(zip(classes, max(found, key=np.sum).tolist()))
 
 
-def _areas_mm2(s: SliceDiagnosis, threshold: float, classes: Sequence[str]) -> list[float]:
-    """Areas of a slice's lesions by class; a pixel in several masks of a class counts once."""
-    kept = [(c, m) for c, m, x in zip(s.classes, s.masks or (), s.scores) if x >= threshold]
-    if not kept:
-        return [0.0] * len(classes)
-    path = s.source.path
+def find_areas(
+    path: Path,
+    masks: Sequence[dict],
+    names: Sequence[str],
+    scores: Sequence[float],
+    threshold: float,
+    classes: Sequence[str],
+) -> dict[str, float] | None:
+    """Areas of a slice's lesions by class, mm2; a pixel in several masks of a class counts once.
+
+    Args:
+        path: of the slice.
+        masks: M masks.
+        names: their M classes.
+        scores: M.
+        threshold: a mask counts from this score on.
+        classes: of the model.
+
+    Returns:
+        None where the file does not say how large a pixel is.
+    """
     rows_mm, columns_mm = (math.nan, math.nan) if is_picture(path) else read_spacing(path)
-    unions = [np.any([decode_mask(m) for c, m in kept if c == name], axis=0) for name in classes]
-    return [float(union.sum()) * rows_mm * columns_mm for union in unions]
+    if math.isnan(rows_mm * columns_mm):
+        return None
+    unions: dict[str, np.ndarray] = dict.fromkeys(classes, np.zeros(1, dtype=bool))
+    for mask, name, score in zip(masks, names, scores, strict=True):
+        if score >= threshold:
+            unions[name] = unions[name] | decode_mask(mask)
+    return {name: float(union.sum()) * rows_mm * columns_mm for name, union in unions.items()}
 
 
 def verdict(score: float, threshold: float) -> str:
@@ -382,6 +406,8 @@ def slice_rows(diagnosis: Diagnosis) -> Iterator[dict]:
                 "series_uid": own.series_uid,
                 "sop_uid": own.sop_uid,
             }
+        if s.masks is not None:
+            row["area_mm2"] = s.area_mm2
         yield row if s.raw_score is None else row | {RAW_SCORE: s.raw_score}
 
 

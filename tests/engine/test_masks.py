@@ -11,6 +11,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from PIL import Image
 
 from ich_det2 import diagnose
 from ich_det2.data.dicom import read_spacing
@@ -168,6 +169,8 @@ def test_its_diagnosis_has_masks_and_volumes(write_run, phantom_tree, tmp_path):
     found.write(tmp_path / "results", overlays="all", viewer=True)
     (row,) = read(tmp_path / "results/patients.csv")
     assert float(row["volume_ml_hemorrhage"]) == pytest.approx(expected, abs=1e-3)
+    areas = [float(row["area_mm2_hemorrhage"]) for row in read(tmp_path / "results/slices.csv")]
+    assert areas == pytest.approx([n * area for n in pixels], abs=1e-3)
     content = json.loads((tmp_path / "results/diagnosis.json").read_text())
     assert content["patients"][0]["volume_ml"] == {"hemorrhage": pytest.approx(expected)}
     boxes = [box for s in content["patients"][0]["slices"] for box in s["boxes"]]
@@ -175,6 +178,11 @@ def test_its_diagnosis_has_masks_and_volumes(write_run, phantom_tree, tmp_path):
     # One file alone: no distance of slices, so no volume.
     (patient,) = diagnose(files[0], run, threshold=0.01).patients
     assert patient.volume_ml is None
+    # Of a picture no size of pixels is known, whether or not something is found.
+    picture = tmp_path / "slice.png"
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(picture)
+    (s,) = diagnose(picture, run, threshold=0.01).slices
+    assert s.masks is not None and s.area_mm2 is None
 
 
 def test_masks_are_smoothed_with_their_boxes(write_run, phantom_tree):
