@@ -85,9 +85,10 @@ class DiagnosisEvaluator(DatasetEvaluator):
                 highest is the image's, and, for lesions, "pred_boxes".
         """
         for x, y in zip(inputs, outputs):
-            image, boxes, scores = str(x["image_id"]), None, np.zeros(0)
+            image, boxes, scores, size = str(x["image_id"]), None, np.zeros(0), (1, 1)
             if "instances" in y:
                 instances = y["instances"].to("cpu")
+                size = instances.image_size
                 scores = instances.scores.double().numpy()
                 if instances.has("pred_boxes"):
                     corners = instances.pred_boxes.tensor.double().numpy().reshape(-1, 4)
@@ -98,7 +99,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
             patient, label = str(x.get("patient_id", image)), x.get("image_label")
             if label is None:
                 label = int(len((self.truth or {image: {}})[image].get("annotations", [])) > 0)
-            place = x.get("series"), x.get("position_mm", np.nan)
+            place = x.get("series"), x.get("position_mm", np.nan), size
             self._rows.append((image, patient, x["file_name"], label, score, boxes, *place))
 
     def evaluate(self) -> dict:
@@ -136,12 +137,12 @@ class DiagnosisEvaluator(DatasetEvaluator):
     def _predictions(self, rows: list[tuple]) -> Predictions:
         # The samplers of several processes may hand an image out twice.
         rows = sorted({row[0]: row for row in rows}.values(), key=lambda row: row[0])
-        columns = zip(*rows) if rows else [()] * 8
-        images, patients, files, labels, scores, boxes, series, positions = columns
+        columns = zip(*rows) if rows else [()] * 9
+        images, patients, files, labels, scores, boxes, series, positions, sizes = columns
         scores, raw_scores = np.array(scores, dtype=float), None
         if self.smoothing is not None:
             raw_scores = scores
-            scores, boxes = self._smooth(scores, boxes, patients, series, positions)
+            scores, boxes = self._smooth(scores, boxes, patients, series, positions, sizes)
         true_boxes = types = None
         if self.truth is not None:
             annotations = [self.truth[image].get("annotations", []) for image in images]
@@ -163,7 +164,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
             raw_scores=raw_scores,
         )
 
-    def _smooth(self, scores, boxes, patients, series, positions) -> tuple:
+    def _smooth(self, scores, boxes, patients, series, positions, sizes) -> tuple:
         if len(scores) and np.isnan(positions).all():
             raise ValueError(
                 "smoothing needs the place of each image in its series, got none; expected"
@@ -172,7 +173,7 @@ class DiagnosisEvaluator(DatasetEvaluator):
         where = [*zip(patients, series)], positions
         if self.smoothing_iou and not any(entry is None for entry in boxes):
             weights, iou = self.smoothing_boxes, self.smoothing_iou
-            scores, boxes = smooth_boxes(scores, boxes, *where, weights, iou)
+            scores, boxes = smooth_boxes(scores, boxes, *where, weights, iou, sizes=sizes)
         return smooth_scores(scores, *where, self.smoothing), boxes
 
 

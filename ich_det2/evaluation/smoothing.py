@@ -81,6 +81,8 @@ def smooth_boxes(
     positions_mm: ArrayLike,
     weights: ArrayLike,
     iou_threshold: float,
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Each box's score as the weighted mean of its own and of what lies there in the neighbours.
 
@@ -90,10 +92,12 @@ def smooth_boxes(
 
     Args:
         scores: (N,), of the slices, in [0, 1]; NaN for one that was not read, which stays so.
-        boxes: N arrays (D, 5): score, x, y, width, height, in pixels of slices of one grid.
+        boxes: N arrays (D, 5): score, x, y, width, height, in pixels.
         series, positions_mm, weights: as :func:`smooth_scores`, by which the slices are smoothed
             after this.
         iou_threshold: the least IoU with a box to lie there, in (0, 1].
+        sizes: (H, W) of the slices in pixels, since those of a series may differ in their matrix;
+            they are taken to show the same field. None: all are of one size.
 
     Returns:
         float64 (N,), and N arrays (D, 5), in the order given.
@@ -104,7 +108,7 @@ def smooth_boxes(
     kernel, values = check_weights(weights), np.asarray(scores, dtype=float)
     table = _neighbours(values, series, positions_mm, len(kernel) // 2)
     smoothed = []
-    for own, row in zip(boxes, table):
+    for index, (own, row) in enumerate(zip(boxes, table)):
         weight, total = 0.0, np.zeros(len(own))
         for column, neighbour in enumerate(row):
             if neighbour < 0 or not len(own):
@@ -115,7 +119,11 @@ def smooth_boxes(
                 total += kernel[column] * own[:, 0]
             elif len(other):
                 crowd = np.zeros(len(other), dtype=np.uint8)
-                there = coco_mask.iou(own[:, 1:], other[:, 1:], crowd) >= iou_threshold
+                theirs = other[:, 1:]
+                if sizes is not None and tuple(sizes[index]) != tuple(sizes[neighbour]):
+                    (height, width), (rows, columns) = sizes[index], sizes[neighbour]
+                    theirs = theirs * np.array([width / columns, height / rows] * 2)
+                there = coco_mask.iou(own[:, 1:], theirs, crowd) >= iou_threshold
                 total += kernel[column] * (there * other[:, 0]).max(axis=1)
         smoothed.append(np.c_[total / weight, own[:, 1:]] if weight > 0 else own)
     before, after = (

@@ -161,7 +161,8 @@ def _smooth(
     if model.smoothing_iou:
         rows = [np.zeros((0, 5)) if d is None else _as_rows(d) for d in found]
         weights, iou = model.smoothing_boxes or model.smoothing, model.smoothing_iou
-        scores, rows = smooth_boxes(scores, rows, *where, weights, iou)
+        sizes = [(1, 1) if d is None else d.size for d in found]
+        scores, rows = smooth_boxes(scores, rows, *where, weights, iou, sizes=sizes)
         for i, (d, own) in enumerate(zip(found, rows)):
             if d is not None:
                 order = np.argsort(-own[:, 0], kind="stable")

@@ -124,6 +124,15 @@ def test_hand_worked_boxes():
     assert apart[0][:, 0] == pytest.approx([0.4 / 0.75])
 
 
+def test_a_bleed_goes_on_in_a_slice_of_another_matrix():
+    # The same field in 512 x 256 and 256 x 256 pixels.
+    boxes = [rows((0.8, 10, 20, 10, 40)), rows((0.8, 10, 10, 10, 20))] * 2
+    args = boxes, ["s"] * 4, [0, 5, 10, 15], QUARTERS, 0.9
+    _, found = smooth_boxes([0.8] * 4, *args, sizes=[(512, 256), (256, 256)] * 2)
+    for before, after in zip(boxes, found):
+        assert after == pytest.approx(before)
+
+
 def test_a_score_of_the_slices_own_moves_as_its_highest_box():
     boxes = [rows((0.5, 0, 0, 10, 10)), rows((0.8, 0, 0, 10, 10)), rows()]
     moved, found = smooth_boxes([0.3, 0.8, 0.25], boxes, ["s"] * 3, [0, 5, 10], QUARTERS, 0.5)
