@@ -7,6 +7,7 @@ after the diagnosis reopens it, in the same transaction that records it.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -86,6 +87,7 @@ class Journal:
             path: of the SQLite file; made if need be.
         """
         self._lock = threading.RLock()
+        self._root = Path(path).resolve().parent
         # With a lock of our own: handlers of associations run in threads of theirs.
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
         self._db.execute("PRAGMA journal_mode = WAL")
@@ -112,13 +114,20 @@ class Journal:
         with self._lock:
             return self._db.execute(query, values).fetchall()
 
+    def _place(self, stored: str) -> str:
+        """Where a file is. It is stored as ``incoming/STUDY/NAME`` or ``results/STUDY/NAME``, since
+        the node's folder may be moved, or be written otherwise; older journals have more before."""
+        return os.fspath(self._root.joinpath(*Path(stored).parts[-3:]))
+
     # ---- what is received ------------------------------------------------------------------------
 
     def instance(self, uid: str) -> tuple[str, str, str] | None:
         """Study, path and SHA-256 of an instance that is there."""
-        return next(
-            iter(self._all("SELECT study, path, sha256 FROM instances WHERE uid=?", uid)), None
-        )
+        for study, path, sha256 in self._all(
+            "SELECT study, path, sha256 FROM instances WHERE uid=?", uid
+        ):
+            return study, self._place(path), sha256
+        return None
 
     def study_bytes(self, study: str) -> int:
         """Of a study's instances."""
@@ -138,12 +147,13 @@ class Journal:
                 "INSERT INTO instances (uid, study, path, bytes, sha256, at)"
                 " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT(uid) DO UPDATE SET study=excluded.study,"
                 " path=excluded.path, bytes=excluded.bytes, sha256=excluded.sha256, at=excluded.at",
-                (uid, study, path, size, sha256, now),
+                (uid, study, _stored(path), size, sha256, now),
             )
 
     def instances(self, study: str) -> list[str]:
         """Paths of a study's instances."""
-        return [row[0] for row in self._all("SELECT path FROM instances WHERE study=?", study)]
+        rows = self._all("SELECT path FROM instances WHERE study=?", study)
+        return [self._place(path) for (path,) in rows]
 
     # ---- what is to be diagnosed -----------------------------------------------------------------
 
@@ -188,7 +198,7 @@ class Journal:
                 db.execute(
                     "INSERT OR IGNORE INTO results (uid, study, version, kind, path, at)"
                     " VALUES (?, ?, ?, ?, ?, ?)",
-                    (uid, study, version, kind, path, now),
+                    (uid, study, version, kind, _stored(path), now),
                 )
                 db.executemany(
                     "INSERT OR IGNORE INTO deliveries (result, destination) VALUES (?, ?)",
@@ -216,8 +226,8 @@ class Journal:
     def last_reports(self, study: str, before: int) -> list[str]:
         """Paths of the reports of the answer before this version."""
         return [
-            row[0]
-            for row in self._all(
+            self._place(path)
+            for (path,) in self._all(
                 "SELECT path FROM results WHERE study=? AND kind='sr' AND version=(SELECT"
                 " MAX(version) FROM results WHERE study=? AND kind='sr' AND version<?)",
                 *(study, study, before),
@@ -226,7 +236,8 @@ class Journal:
 
     def results(self, study: str) -> list[str]:
         """Paths of a study's answers."""
-        return [row[0] for row in self._all("SELECT path FROM results WHERE study=?", study)]
+        rows = self._all("SELECT path FROM results WHERE study=?", study)
+        return [self._place(path) for (path,) in rows]
 
     # ---- what is to be sent ----------------------------------------------------------------------
 
@@ -238,7 +249,7 @@ class Journal:
             " AND d.next_at <= ? ORDER BY r.at, r.rowid LIMIT ?",
             *(destination, time.time(), limit),
         )
-        return [Delivery(*row) for row in rows]
+        return [d._replace(path=self._place(d.path)) for d in map(Delivery._make, rows)]
 
     def note_sent(self, delivery: Delivery) -> None:
         with self._transaction() as db:
@@ -330,9 +341,9 @@ class Journal:
             if state != ("sent",):
                 return None
             paths = [
-                row[0]
+                self._place(path)
                 for table in ("instances", "results")
-                for row in db.execute(f"SELECT path FROM {table} WHERE study=?", (study,))
+                for (path,) in db.execute(f"SELECT path FROM {table} WHERE study=?", (study,))
             ]
             db.execute(
                 "DELETE FROM deliveries WHERE result IN (SELECT uid FROM results WHERE study=?)",
@@ -342,3 +353,8 @@ class Journal:
             db.execute("DELETE FROM instances WHERE study=?", (study,))
             db.execute("UPDATE studies SET removed=1 WHERE uid=?", (study,))
             return paths
+
+
+def _stored(path: str) -> str:
+    """A path as the journal keeps it: its place in the node's folder."""
+    return os.path.join(*Path(path).parts[-3:])

@@ -161,7 +161,7 @@ class Receiver:
             reach("received")
             self._journal.add_instance(uid, study, os.fspath(path), len(content), digest)
             reach("journaled")
-            if known and known[1] != os.fspath(path):
+            if known and Path(known[1]).name != path.name:
                 Path(known[1]).unlink(missing_ok=True)
         self.counts["received"] += 1
 

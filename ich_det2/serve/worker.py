@@ -204,15 +204,21 @@ def sweep(cfg: ServeConfig, journal: Journal) -> int:
     """Removes files that no row of the journal names: those of a process that was killed.
 
     Only to be called before the receiver starts, since a file is on disk before it is in the
-    journal.
+    journal. A folder that lacks files which the journal names is left as it is: something is wrong
+    with it that a person should look at.
     """
     removed = 0
     for folder in (*(cfg.root / "incoming").glob("*"), *(cfg.root / "results").glob("*")):
-        known = {*journal.instances(folder.name), *journal.results(folder.name)}
-        for path in folder.iterdir():
-            if os.fspath(path) not in known:
-                path.unlink()
-                removed += 1
+        read = journal.instances if folder.parent.name == "incoming" else journal.results
+        known = {Path(path).name for path in read(folder.name)}
+        there = {path.name: path for path in folder.iterdir()}
+        if lacking := known - there.keys():
+            extra = {"study": study_key(folder.name), "files": len(lacking)}
+            logger.error("files of the journal are not on disk", extra=extra)
+            continue
+        for name in there.keys() - known:
+            there[name].unlink()
+            removed += 1
         if not any(folder.iterdir()):
             folder.rmdir()
     sync_folder(cfg.root)

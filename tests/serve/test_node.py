@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import socket
+import sqlite3
 import ssl
 import struct
 import subprocess
@@ -24,9 +25,11 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import CTImageStorage
 
 from ich_det2.dicom_out import KINDS
-from ich_det2.serve.config import ServeConfig, Tls, _build
+from ich_det2.serve.config import Receive, ServeConfig, Tls, _build
+from ich_det2.serve.journal import Journal
 from ich_det2.serve.log import JsonFormatter, study_key
-from ich_det2.serve.worker import clean
+from ich_det2.serve.receiver import Receiver
+from ich_det2.serve.worker import clean, sweep
 
 REAL = Path(__file__).parents[3] / "shared/data/dicom"
 
@@ -570,3 +573,66 @@ def test_memory_of_pixels_is_not_kept(node, pacs, study, wire):
         wire.wait_for(lambda i=i: states(one).get(f"1.2.3.{i}") == "sent")
         clean(one._cfg, one.journal)
     assert not list(one._cfg.root.rglob("*.dcm"))
+
+
+# ---- where its folder is -------------------------------------------------------------------------
+
+
+def received(root, study, wire):
+    """A node's folder, with the files of a study that was acknowledged; nothing runs in it."""
+    root.mkdir()
+    journal = Journal(root / "journal.sqlite")
+    receiver = Receiver(Receive(port=0, min_free_mb=0), root, journal)
+    receiver.start()
+    assert len(wire.send(receiver.port, study())[0]) == 4
+    receiver.stop()
+    journal.close()
+
+
+def swept(root):
+    """What is left where a node starts in a folder: files, and those that the journal finds."""
+    journal = Journal(root / "journal.sqlite")
+    sweep(ServeConfig(root=root), journal)
+    found = [path for path in journal.instances("1.2.3.1") if Path(path).is_file()]
+    journal.close()
+    return len(list(root.rglob("*.dcm"))), len(found)
+
+
+@pytest.mark.parametrize("written", ["relative", "symlink", "moved", "older"])
+def test_a_folder_that_is_written_otherwise_or_moved_keeps_what_was_acknowledged(
+    study, wire, tmp_path, monkeypatch, written
+):
+    monkeypatch.chdir(tmp_path)
+    root = other = tmp_path / "node"
+    received(Path("node") if written == "relative" else root, study, wire)
+    if written == "symlink":
+        other = tmp_path / "link"
+        other.symlink_to(root)
+    elif written == "moved":
+        other = root.rename(tmp_path / "other")
+    elif written == "older":  # which stored paths as they were written
+        with contextlib.closing(sqlite3.connect(root / "journal.sqlite")) as db, db:
+            db.execute("UPDATE instances SET path = '/var/old/' || path")
+    assert swept(other) == (4, 4)
+
+
+def test_files_are_left_alone_where_the_journal_misses_some(study, wire, tmp_path):
+    received(tmp_path / "node", study, wire)
+    first, *_ = sorted((tmp_path / "node/incoming/1.2.3.1").iterdir())
+    first.rename(first.with_name("renamed.dcm"))
+    assert swept(tmp_path / "node") == (4, 3)
+
+
+def test_a_slice_that_is_repeated_to_a_folder_written_otherwise_stays(
+    study, wire, tmp_path, monkeypatch
+):
+    received(tmp_path / "node", study, wire)
+    (tmp_path / "node/incoming/1.2.3.1").rename(tmp_path / "lost")
+    monkeypatch.chdir(tmp_path)
+    journal = Journal("node/journal.sqlite")
+    receiver = Receiver(Receive(port=0, min_free_mb=0), Path("node"), journal)
+    receiver.start()
+    assert len(wire.send(receiver.port, study())[0]) == 4
+    receiver.stop()
+    journal.close()
+    assert swept(tmp_path / "node") == (4, 4)
