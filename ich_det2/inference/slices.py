@@ -8,6 +8,7 @@ number and name.
 import math
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pydicom
+from pydicom.multival import MultiValue
 
 from ..data.context import last_number
 from ..data.dicom import (
@@ -27,9 +30,11 @@ from ..data.dicom import (
     is_dicom,
     is_placeholder,
     neighbours,
+    patient_key,
     printable,
     read_file,
 )
+from ..data.dicom.identity import words
 from ..data.pictures import PICTURE_SUFFIXES, is_picture, picture_size
 from ..data.tree import VocTree
 from ..files import is_hidden, walk
@@ -39,6 +44,7 @@ REMOVED = "[removed]"
 
 # Those of names that are replaced; another may be a part of an identity.
 _SUFFIXES = (".dcm", *PICTURE_SUFFIXES, ".ima")
+_LETTERS = str.maketrans({"ø": "o", "æ": "ae", "œ": "oe", "ł": "l", "đ": "d", "ı": "i"})
 _trees: dict[Path, VocTree] = {}
 
 
@@ -189,7 +195,7 @@ def find_slices(
     be one.
 
     A patient is who ``patients.csv`` of a VOC tree says, or else whom ``data.dicom.group_patients``
-    tells apart, or else the file itself.
+    tells apart, or else the folder; of a picture the file itself.
 
     Args:
         inputs: DICOM files, PNG or JPEG files, and folders of them.
@@ -250,10 +256,21 @@ def _open(path: Path, folder: Path | None, any_body_part: bool) -> _Source:
 def _tell_patients_apart(sources: Sequence[_Source], identify: bool) -> dict[tuple, list[str]]:
     """Sets the sources' patients; returns warnings by patient."""
     unlisted = [s for s in sources if s.patient is None and s.file.may_be_slice and not s.is_blank]
-    keys, warnings = group_patients([s.identity for s in unlisted], identify=identify)
-    for source, key in zip(unlisted, keys, strict=True):
-        source.patient = ("header", key or os.fspath(source.path))
-    return defaultdict(list, {("header", key): [text] for key, text in warnings.items()})
+    known = [s for s in unlisted if patient_key(s.identity)]
+    keys, told = group_patients([s.identity for s in known], identify=identify)
+    for source, key in zip(known, keys, strict=True):
+        source.patient = ("header", key)
+    warnings = defaultdict(list, {("header", key): [text] for key, text in told.items()})
+    for source in unlisted:
+        if source.patient is None:
+            person = source.identity.birth_date, source.identity.sex
+            person = (*sorted(words(source.identity.name)), *person)
+            source.patient = ("folder", os.fspath(source.path.parent), *person)
+            warnings[source.patient] = [
+                "no Patient ID, Study or Series Instance UID tells whose the slices are: those of"
+                " one folder are taken for one patient"
+            ]
+    return warnings
 
 
 def _group(sources: Sequence[_Source]) -> list[CTSeries]:
@@ -325,7 +342,9 @@ def _attribute_losses(sources: Sequence[_Source]) -> None:
             s.lost = False  # the same slice is there whole, or nobody would look for one
         elif s.kind == "unread":
             # A link into a folder that is searched anyway loses nothing.
-            within = any(s.path.resolve().is_relative_to(root) for root in roots)
+            # (Path.resolve raises where a link leads to itself.)
+            target = Path(os.path.realpath(s.path))
+            within = any(target.is_relative_to(root) for root in roots)
             s.lost = not (within and s.path.is_symlink()) and (
                 not s.path.is_file() or (s.path.parent, s.suffix) in kinds
             )
@@ -495,26 +514,91 @@ def _listed(path: Path) -> tuple[str, tuple[str, float], str]:
 def _remover(sources: Iterable[_Source]) -> Callable[[str], str]:
     """A function that takes identities out of names of files and of reasons.
 
-    Exports name files after the SOP Instance UID, and folders after the patient.
+    Exports name files after the SOP Instance UID, and folders after the patient, whom they may
+    spell otherwise than the header does: without accents, points and leading zeros.
     """
-    words = set()
-    for identity, accession in {
-        (s.identity, s.file.values.text("AccessionNumber")) for s in sources
-    }:
-        birth = identity.birth_date
-        parts = re.split(r"[\^=,\s]+", identity.name)
-        own = {identity.patient_id, accession, "".join(parts), *parts, birth}
-        if len(birth) == 8:
-            own |= {f"{birth[:4]}{c}{birth[4:6]}{c}{birth[6:]}" for c in "-._"}
-        words |= {word for word in own if len(word) > 1 and not is_placeholder(word)}
+    own = set()
+    # Of the images of one header's identity in one folder, one is read again.
+    images = {}
+    for s in sources:
+        folder, identity = s.name.rpartition("/")[0], replace(s.identity, sop_uid="")
+        images[folder, identity, s.file.values.text("AccessionNumber")] = s
+    for (_, identity, accession), s in images.items():
+        names, ids = _other_identities(s) if s.kind == "dicom" and not s.is_blank else ([], [])
+        for name in (identity.name, *names):
+            parts = [part for part in re.split(r"[\^=,\s]+", name) if part]
+            own |= {"".join(parts), "".join(parts[::-1]), *parts, *words(name)}
+        own |= {identity.patient_id, accession, *ids, *_spellings(identity.birth_date)}
+    own = {word for word in own if len(word) > 1 and not is_placeholder(word)}
     # In any case, what is longer first; short ones as whole words alone. A UID is digits with four
     # points or more.
     patterns = [r"\d+(?:\.\d+){4,}"]
-    for word in sorted(words, key=len, reverse=True):
+    for word in sorted(own, key=len, reverse=True):
         known = re.escape(word)
         patterns.append(known if len(word) > 3 else rf"(?<![^\W_]){known}(?![^\W_])")
     pattern = re.compile("|".join(patterns), re.IGNORECASE)
-    return lambda text: pattern.sub(REMOVED, text)
+    plain = {"".join(words(_fold(word))) for word in own}
+    plain |= {word.lstrip("0") for word in plain if len(word.lstrip("0")) > 3}
+    short = {word for word in plain if 1 < len(word) <= 3}
+    long = re.compile("|".join(re.escape(word) for word in plain if len(word) > 3) or r"(?!)")
+
+    def tells(text: str) -> bool:
+        found = words(_fold(text))
+        return not short.isdisjoint(found) or bool(long.search("".join(found)))
+
+    def remove(text: str) -> str:
+        text = pattern.sub(REMOVED, text)
+        if not tells(text.replace(REMOVED, " ")):
+            return text
+        told = [REMOVED if tells(word.replace(REMOVED, " ")) else word for word in text.split(" ")]
+        return " ".join(told) if REMOVED in told else REMOVED
+
+    return remove
+
+
+def _fold(text: str) -> str:
+    """Makes one spelling of several: Mueller and Muller of Müller."""
+    text = unicodedata.normalize("NFKD", text.casefold())
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    return re.sub("([aou])e", r"\1", text.translate(_LETTERS))
+
+
+def _spellings(date: str) -> set[str]:
+    """The digits of a date in all orders, with two or four of the year."""
+    digits = re.sub(r"\D", "", date)
+    if len(digits) != 8:
+        return {date}
+    year, month, day = digits[:4], digits[4:6], digits[6:]
+    orders = set()
+    for y in (year, year[2:]):
+        for m, d in ((month, day), (month.lstrip("0"), day.lstrip("0"))):
+            orders |= {y + m + d, d + m + y, m + d + y}
+    return {date} | {order for order in orders if len(order) >= 6}
+
+
+def _other_identities(source: _Source) -> tuple[list[str], list[str]]:
+    """Other names and IDs that the header has of the patient."""
+    names, ids = ("OtherPatientNames", "PatientBirthName"), ("OtherPatientIDs",)
+    wanted = [*names, *ids, "OtherPatientIDsSequence", "SpecificCharacterSet"]
+
+    def texts(keywords: Sequence[str], of: pydicom.Dataset) -> list[str]:
+        values = [of.get(keyword) or "" for keyword in keywords]
+        return [
+            str(v)
+            for value in values
+            for v in (value if isinstance(value, MultiValue) else [value])
+        ]
+
+    try:
+        header = pydicom.dcmread(
+            source.path, stop_before_pixels=True, force=True, specific_tags=wanted
+        )
+        others = header.get("OtherPatientIDsSequence") or ()
+        return texts(names, header), texts(ids, header) + [
+            text for item in others for text in texts(["PatientID"], item)
+        ]
+    except Exception:  # whatever pydicom raises on damage
+        return [], []
 
 
 def _nothing_found(inputs: Sequence[str | os.PathLike], skipped: Sequence[_Source]) -> str:

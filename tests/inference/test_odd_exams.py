@@ -233,6 +233,54 @@ def test_two_people_of_one_id(write_series, look):
     assert "'4711'" in look(identify=True).patients[0].notes[0]
 
 
+def test_slices_of_nobody_in_one_folder_are_one_patient(write_series, look):
+    nobody = {"PatientID": None, "StudyInstanceUID": None, "SeriesInstanceUID": None}
+    write_series("exam/a", **nobody, bleed_at=1)
+    write_series("exam/b", **nobody)
+    patients = look().patients
+    assert [(p.n_slices, p.verdict) for p in patients] == [(4, "positive"), (4, "negative")]
+    for p in patients:
+        assert "taken for one patient" in p.notes[0]
+    # Of different people the names tell.
+    for path in sorted(write_series("exam/b", **nobody))[:2]:
+        edit(path, PatientName="DOE^JOHN")
+    assert [p.n_slices for p in look().patients] == [4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "attributes, name",
+    [
+        ({"PatientName": "Müller^Jürgen"}, "Mu\u0308ller"),
+        ({"PatientName": "Müller^Jürgen"}, "Muller_Jurgen"),
+        ({"PatientName": "Müller^Jürgen"}, "MUELLER"),
+        ({"PatientName": "MUELLER^JUERGEN"}, "Müller"),
+        ({"PatientName": "Strauß^Eva"}, "strauss"),
+        ({"PatientID": "4711-XY"}, "CT_4711XY"),
+        ({"PatientID": "A/77-12"}, "A_77-12"),
+        ({"PatientID": "00012345"}, "ID_12345"),
+        ({"PatientName": "O'Brien^Sean"}, "OBrien"),
+        ({"PatientName": "Meier-Schmidt^Eva"}, "MeierSchmidt"),
+        ({"PatientName": "Li^Wei"}, "WeiLi"),
+        ({"PatientBirthDate": "19610213"}, "13.02.1961"),
+        ({"PatientBirthDate": "19610213"}, "02-13-1961"),
+        ({"PatientBirthDate": "19610213"}, "610213"),
+        ({"PatientBirthDate": "19610203"}, "3.2.1961"),
+        ({"OtherPatientIDs": "ZZ-9933"}, "zz9933"),
+        ({"OtherPatientNames": "Zwicky^Eva"}, "zwicky"),
+    ],
+)
+def test_no_spelling_of_an_identity_is_in_a_name(write_series, look, attributes, name):
+    (path,) = write_series(f"exam/{name}", z=(0,), SpecificCharacterSet="ISO_IR 192", **attributes)
+    path = path.rename(path.with_name("slice_07.dcm"))
+    (path.parent / f"note {name}.txt").touch()
+    found = look()
+    assert found.slices[0].file == "patient-001/series-01/000.dcm"
+    assert [s.file for s in found.skipped] == ["skipped-001"]
+    assert name not in str(found.to_dict())
+    # The name of the file itself is as anybody's.
+    assert look(path).slices[0].file == "slice_07.dcm"
+
+
 # ---- attributes that HU do not need --------------------------------------------------------------
 
 ODD = [
@@ -408,6 +456,14 @@ def test_what_is_not_followed_is_lost(write_series, look, tmp_path):
     found = look()
     assert found.patients[0].wording == "negative, incomplete"
     assert {s.file: s.lost for s in found.skipped} == {"again": False, "more": True}
+
+
+def test_a_link_to_itself_is_skipped(write_series, look, tmp_path):
+    write_series()
+    (tmp_path / "exam/loop.dcm").symlink_to(tmp_path / "exam/loop.dcm")
+    found = look()
+    assert [(s.file, s.reason) for s in found.skipped] == [("loop.dcm", "is not a regular file.")]
+    assert found.patients[0].n_slices == 4
 
 
 def test_lost_files_of_nobody_known_are_those_of_the_one_beside(write_series, look, tmp_path):
