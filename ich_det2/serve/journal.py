@@ -88,6 +88,8 @@ class Journal:
         """
         self._lock = threading.RLock()
         self._root = Path(path).resolve().parent
+        self.files = threading.Lock()
+        """Held while files and the rows that name them are changed together."""
         # With a lock of our own: handlers of associations run in threads of theirs.
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
         self._db.execute("PRAGMA journal_mode = WAL")

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import threading
 import uuid
 import zlib
@@ -66,7 +67,6 @@ class Receiver:
         """
         self._cfg, self._journal, self._incoming = cfg, journal, root / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         """Instances received, repeated, and refused by reason."""
         ae = AE(ae_title=cfg.ae_title)
@@ -97,9 +97,9 @@ class Receiver:
         Raises:
             OSError: the port is taken, or may not be.
         """
-        self._server = self._ae.start_server(
+        self._server = self._ae.make_server(
             (self._cfg.bind, self._cfg.port),
-            block=False,
+            server_class=_Server,
             ssl_context=self._cfg.tls and self._cfg.tls.server(),
             evt_handlers=[
                 (evt.EVT_CONN_OPEN, lambda event: _bound(event.assoc, self._cfg)),
@@ -107,6 +107,8 @@ class Receiver:
                 (evt.EVT_C_ECHO, lambda event: SUCCESS),
             ],
         )
+        self._ae._servers.append(self._server)  # as start_server does; its shutdown counts on it
+        threading.Thread(target=self._server.serve_forever, name="receiver", daemon=True).start()
 
     def stop(self) -> None:
         """Takes no more associations, and ends those that there are."""
@@ -146,8 +148,9 @@ class Receiver:
             raise Refused(OUT_OF_RESOURCES, "size", "instance larger than receive.max_instance_mb")
         study, uid = self._identify(event, content)
         digest = hashlib.sha256(content).hexdigest()
-        # One at a time, or two copies of an instance could both be the first.
-        with self._lock:
+        # One at a time, or two copies of an instance could both be the first; and none while its
+        # study is removed.
+        with self._journal.files:
             known = self._journal.instance(uid)
             if known and known[0] != study:
                 raise Refused(MISMATCH, "mismatch", "SOP Instance UID is of another study already")
@@ -229,21 +232,47 @@ def _check_inflated(deflated: bytes, limit: float) -> None:
         rest = inflate.unconsumed_tail
 
 
+class _Server(ThreadedAssociationServer):
+    """Waits for no peer where others would wait with it, nor for ever.
+
+    The library shakes hands in the thread that accepts connections, and reads the rest of a PDU
+    that has begun without a limit of time.
+    """
+
+    daemon_threads = True
+
+    def get_request(self) -> tuple[socket.socket, tuple]:
+        peer, address = self.socket.accept()
+        peer.settimeout(self.ae.network_timeout)
+        return peer, address
+
+    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
+        """Of a thread of its own."""
+        if self.ssl_context:
+            try:
+                request = self.ssl_context.wrap_socket(request, server_side=True)
+            except OSError as error:  # silent, no TLS, no certificate that is known
+                logger.warning("connection refused", extra={"reason": type(error).__name__})
+                self.shutdown_request(request)
+                return
+        super().process_request_thread(request, client_address)
+
+
 def _bound(association: Association, cfg: Receive) -> None:
     """Lets a connection take no more than it has to.
 
     The library believes what the other side says of the length of a PDU, and gathers an instance
     whatever its size.
     """
-    socket = association.dul.socket
-    socket.recv = _Bounded(socket, cfg)
+    own = association.dul.socket
+    own.recv = _Bounded(own, cfg)
 
 
 class _Bounded:
     """Reads from a connection as the library does, up to limits."""
 
-    def __init__(self, socket: AssociationSocket, cfg: Receive):
-        self._recv = socket.recv
+    def __init__(self, own: AssociationSocket, cfg: Receive):
+        self._recv = own.recv
         # Requests for an association may be longer than PDUs of data.
         self._longest = max(cfg.max_pdu, 2**18) + 64
         self._most = int(cfg.max_instance_mb * _MB) + 2**16
@@ -265,6 +294,6 @@ def _budget(event: evt.Event):
     try:
         yield
     finally:
-        socket = event.assoc.dul.socket
-        if socket is not None:
-            socket.recv.taken = 0
+        own = event.assoc.dul.socket
+        if own is not None:
+            own.recv.taken = 0

@@ -186,14 +186,15 @@ def clean(cfg: ServeConfig, journal: Journal) -> int:
         old = now - at > cfg.keep.days * 86400
         if not old and total <= cfg.keep.max_gb * 2**30:
             break  # the rest is younger
-        paths = journal.forget(study)
-        if paths is None:
-            continue
-        for path in paths:
-            Path(path).unlink(missing_ok=True)
-        for folder in (cfg.root / "incoming" / study, cfg.root / "results" / study):
-            with contextlib.suppress(OSError):  # something new may have come meanwhile
-                folder.rmdir()
+        with journal.files:  # or what arrives meanwhile would be removed too
+            paths = journal.forget(study)
+            if paths is None:
+                continue
+            for path in paths:
+                Path(path).unlink(missing_ok=True)
+            for folder in (cfg.root / "incoming" / study, cfg.root / "results" / study):
+                with contextlib.suppress(OSError):  # what is not the journal's is swept
+                    folder.rmdir()
         total -= size
         removed += 1
         logger.info("study removed", extra={"study": study_key(study)})

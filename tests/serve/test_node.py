@@ -9,6 +9,7 @@ import sqlite3
 import ssl
 import struct
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -337,6 +338,15 @@ def test_a_pdu_that_claims_gigabytes_ends_its_connection(node, study, wire):
     assert wire.send(one.receiver.port, study())[0]
 
 
+@pytest.mark.parametrize("begun", [b"\x01\x00\x00", struct.pack(">BBL", 1, 0, 200) + b"\x00\x01"])
+def test_pdus_that_stall_give_their_associations_back(node, study, wire, begun):
+    one = node(receive={"timeout_s": 1, "max_associations": 2})
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(connect(one.receiver.port)).sendall(begun)
+        wire.wait_for(lambda: len(wire.send(one.receiver.port, study())[0]) == 4, 15)
+
+
 @settings(max_examples=25)
 @given(st.binary(max_size=400), st.sampled_from([None, 1, 2, 4, 5, 7]))
 def test_garbage_ends_nothing_but_its_connection(hostile_node, junk, kind):
@@ -439,6 +449,29 @@ def test_studies_are_removed_when_they_are_sent_and_old_and_not_before(
     wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
 
 
+def test_slices_that_arrive_while_their_study_is_removed_are_kept(
+    node, pacs, study, wire, monkeypatch
+):
+    one = node()
+    wire.send(one.receiver.port, study())
+    wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    forget = one.journal.forget
+    again = threading.Thread(target=lambda: wire.send(one.receiver.port, study()))
+
+    def slow(uid):
+        paths = forget(uid)
+        again.start()
+        again.join(timeout=1)
+        return paths
+
+    monkeypatch.setattr(one.journal, "forget", slow)
+    cfg = _build(ServeConfig, {"root": str(one._cfg.root), "keep": {"days": 1e-9}}, "")
+    assert clean(cfg, one.journal) == 1
+    again.join()
+    paths = one.journal.instances("1.2.3.1")
+    assert len(paths) == 4 and all(Path(path).is_file() for path in paths)
+
+
 def test_the_oldest_go_first_where_they_are_too_many(node, pacs, study, wire):
     one = node()
     for i in (1, 2, 3):
@@ -497,6 +530,16 @@ def test_tls_with_a_ca_of_ones_own_lets_in_who_has_a_certificate_of_it(
             wrong = Tls(ca=str(certificates / "other.pem")).client()
             wrong.wrap_socket(peer, server_hostname="localhost")
     assert list(states(one)) == ["1.2.3.1"]
+
+
+def test_a_silent_peer_keeps_no_other_from_tls(node, study, wire, certificates):
+    tls = {k: str(certificates / f"node.{v}") for k, v in (("cert", "pem"), ("key", "key"))}
+    one = node(receive={"tls": tls, "timeout_s": 5})
+    friend = Tls(ca=str(certificates / "ca.pem")).client()
+    with connect(one.receiver.port) as silent:
+        assert len(wire.send(one.receiver.port, study(), tls=friend)[0]) == 4
+        silent.settimeout(15)
+        assert silent.recv(1) == b""  # not for ever
 
 
 def get(port, path):
