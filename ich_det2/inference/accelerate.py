@@ -41,7 +41,7 @@ def accelerate(model: nn.Module, backend: str, threads: int = 1) -> nn.Module:
 
     Returns:
         The model itself for "eager", else what takes its place: it swaps the parts when it is
-        given its first batch, and raises a ValueError then if the answers differ.
+        given its first batch, and raises a ValueError then and ever after if the answers differ.
 
     Raises:
         ValueError: the engine is not known or not installed, or the model has no such parts.
@@ -78,16 +78,25 @@ class _Accelerated(nn.Module):
         super().__init__()
         self.model = model
         self._backend, self._threads, self._checked = backend, threads, False
+        self._refused: str | None = None
 
     def forward(self, inputs: list[dict]) -> list[dict]:
         if self._checked:
             return self.model(inputs)
+        if self._refused is not None:
+            raise ValueError(self._refused)
         wanted = self.model(inputs)
-        for owner, name in _places(self.model):
-            part = getattr(owner, name)
-            setattr(owner, name, _Swapped(part, self._backend, self._threads))
-        found = self.model(inputs)
-        check_equal(wanted, found, self._backend, tolerance_of(self.model))
+        parts = [(owner, name, getattr(owner, name)) for owner, name in _places(self.model)]
+        try:
+            for owner, name, part in parts:
+                setattr(owner, name, _Swapped(part, self._backend, self._threads))
+            found = self.model(inputs)
+            check_equal(wanted, found, self._backend, tolerance_of(self.model))
+        except BaseException as error:
+            for owner, name, part in parts:
+                setattr(owner, name, part)
+            self._refused = str(error) if isinstance(error, ValueError) else None
+            raise
         for owner, name in _places(self.model):
             getattr(owner, name).drop_eager()
         self._checked = True
