@@ -214,6 +214,8 @@ class IchTrainer(DefaultTrainer):
                 classes=MetadataCatalog.get(dataset_name).thing_classes,
                 threshold=cfg.TEST.DIAGNOSIS.OPERATING_THRESHOLD,
                 truth=truth,
+                smoothing=cfg.TEST.DIAGNOSIS.SMOOTHING_BOXES or cfg.TEST.DIAGNOSIS.SMOOTHING,
+                smoothing_iou=cfg.TEST.DIAGNOSIS.SMOOTHING_IOU,
                 output_dir=output_dir,
             )
             evaluators.append(masks)

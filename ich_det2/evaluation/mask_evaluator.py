@@ -16,9 +16,10 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from ..data.dicom import read_spacing
-from ..data.masks import decode_mask
+from ..data.masks import decode_mask, encode_mask
 from ..data.pictures import is_picture
 from ..files import write_csv, write_json
+from .smoothing import smooth_boxes
 from .volumes import dice, relative_error, volumes_ml
 
 ALL = "all"
@@ -56,8 +57,21 @@ class _Slice:
     both: int
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What a model finds on a slice: masks as run lengths, their boxes and classes."""
+
+    inputs: dict
+    size: tuple[int, int]
+    boxes: np.ndarray  # (D, 5): score, x, y, width, height
+    classes: Sequence[str]
+    masks: Sequence[dict]
+
+
 class MaskEvaluator(DatasetEvaluator):
     """Dice and volumes of the predicted masks that score at least a threshold.
+
+    Where a diagnosis smooths boxes along the series, a mask has the score of its box after that.
 
     Writes ``masks.csv`` (a row for each slice of which the truth is known), ``volumes.csv`` (a row
     for each series and type, where pixel spacing and positions are known) and ``masks.json``.
@@ -72,6 +86,8 @@ class MaskEvaluator(DatasetEvaluator):
         classes: Sequence[str],
         threshold: float,
         truth: Sequence[dict],
+        smoothing: Sequence[float] = (),
+        smoothing_iou: float = 0.0,
         output_dir=None,
         distributed: bool = True,
     ):
@@ -81,46 +97,44 @@ class MaskEvaluator(DatasetEvaluator):
             threshold: a mask counts from this score on.
             truth: dataset dicts; the masks are "segmentation" of "annotations", run lengths. A
                 slice with a box of no mask, or that bleeds and has no box, is not compared.
+            smoothing: weights along the series by which boxes are smoothed, see ``smooth_boxes``.
+            smoothing_iou: of it; 0 leaves scores as they are.
             output_dir: folder for the files; None writes none.
             distributed: gather the slices of all processes.
         """
         self.classes, self.threshold = tuple(classes), threshold
         self.truth = {str(d["image_id"]): d for d in truth}
+        self.smoothing, self.smoothing_iou = smoothing, smoothing_iou if len(smoothing) else 0.0
         self.output_dir = Path(output_dir) if output_dir else None
         self.distributed = distributed
         self.reset()
 
     def reset(self) -> None:
-        self._slices: list[_Slice] = []
+        self._answers: list[_Answer] = []
 
     def process(self, inputs, outputs) -> None:
         """
         Args:
             inputs: mapped dataset dicts; for volumes with "series" and "position_mm".
-            outputs: dicts with "instances" that have "scores", "pred_classes" and "pred_masks",
-                bool (D, H, W); others are passed over.
+            outputs: dicts with "instances" that have "scores", "pred_classes", "pred_masks", bool
+                (D, H, W), and, to smooth them, "pred_boxes"; others are passed over.
         """
+        keys = ("image_id", "patient_id", "series", "position_mm")
         for x, y in zip(inputs, outputs):
             if "instances" not in y or not y["instances"].has("pred_masks"):
                 continue
             found = y["instances"].to("cpu")
-            found = found[found.scores >= self.threshold]
-            masks, names = found.pred_masks.numpy(), [self.classes[k] for k in found.pred_classes]
-            predicted, union = _count(zip(names, masks), masks.shape[1:])
-            d = self.truth[str(x["image_id"])]
-            true, both = None, 0
-            if is_known(d):
-                annotations = d["annotations"]
-                entries = ((type_of(a), decode_mask(a["segmentation"])) for a in annotations)
-                true, whole = _count(entries, masks.shape[1:])
-                both = int((union & whole).sum())
-            path, spacing = d["file_name"], (np.nan, np.nan)
-            if not is_picture(path):
-                spacing = read_spacing(path)
-            place = x.get("series"), float(x.get("position_mm", np.nan))
-            whose = str(x["image_id"]), str(x.get("patient_id", x["image_id"]))
-            area = spacing[0] * spacing[1]
-            self._slices.append(_Slice(*whose, *place, area, true, predicted, both))
+            corners = np.zeros((len(found), 4))
+            if self.smoothing_iou:  # which may raise any score
+                corners = found.pred_boxes.tensor.double().numpy()
+            else:
+                found = found[found.scores >= self.threshold]
+                corners = corners[: len(found)]
+            boxes = np.c_[found.scores.double(), corners[:, :2], corners[:, 2:] - corners[:, :2]]
+            names = [self.classes[k] for k in found.pred_classes]
+            masks = [encode_mask(mask) for mask in found.pred_masks.numpy()]
+            own = {key: x[key] for key in keys if key in x}
+            self._answers.append(_Answer(own, found.image_size, boxes, names, masks))
 
     def evaluate(self) -> dict:
         """
@@ -130,14 +144,19 @@ class MaskEvaluator(DatasetEvaluator):
             and the mean absolute relative error of the volume of series that bleed; NaN where there
             is none. An empty dict elsewhere, and where no mask was predicted or is known.
         """
-        slices = self._slices
+        answers = self._answers
         if self.distributed:
             comm.synchronize()
-            slices = list(itertools.chain(*comm.gather(slices, dst=0)))
+            answers = list(itertools.chain(*comm.gather(answers, dst=0)))
             if not comm.is_main_process():
                 return {}
         # The samplers of several processes may hand an image out twice.
-        slices = sorted({s.image: s for s in slices}.values(), key=lambda s: s.image)
+        answers = {str(a.inputs["image_id"]): a for a in answers}
+        answers = [answers[image] for image in sorted(answers)]
+        slices = [
+            self._compare(answer, scores)
+            for answer, scores in zip(answers, self._scores(answers), strict=True)
+        ]
         if not slices:
             logger.warning("The model gives no masks: Dice and volumes are not evaluated.")
             return {}
@@ -151,6 +170,44 @@ class MaskEvaluator(DatasetEvaluator):
             self._write(known, volumes, summary, len(slices))
         logger.info("Masks that score at least %g: %s", self.threshold, summary)
         return {"masks": {name: summary[name] for name in MASK_METRICS}}
+
+    def _scores(self, answers: Sequence[_Answer]) -> list[np.ndarray]:
+        """Of the masks of each slice, as a diagnosis scores them."""
+        boxes = [answer.boxes for answer in answers]
+        if self.smoothing_iou:
+            inputs = [answer.inputs for answer in answers]
+            _, boxes = smooth_boxes(
+                [b[:, 0].max(initial=0.0) for b in boxes],
+                boxes,
+                [(_patient(x), x.get("series")) for x in inputs],
+                [x.get("position_mm", np.nan) for x in inputs],
+                self.smoothing,
+                self.smoothing_iou,
+                sizes=[answer.size for answer in answers],
+            )
+        return [b[:, 0] for b in boxes]
+
+    def _compare(self, answer: _Answer, scores: np.ndarray) -> _Slice:
+        x, size = answer.inputs, answer.size
+        entries = zip(answer.classes, answer.masks, scores, strict=True)
+        kept = (
+            (name, decode_mask(mask)) for name, mask, score in entries if score >= self.threshold
+        )
+        predicted, union = _count(kept, size)
+        d = self.truth[str(x["image_id"])]
+        true, both = None, 0
+        if is_known(d):
+            annotations = d["annotations"]
+            true, whole = _count(
+                ((type_of(a), decode_mask(a["segmentation"])) for a in annotations), size
+            )
+            both = int((union & whole).sum())
+        path, spacing = d["file_name"], (np.nan, np.nan)
+        if not is_picture(path):
+            spacing = read_spacing(path)
+        place = x.get("series"), float(x.get("position_mm", np.nan))
+        area = spacing[0] * spacing[1]
+        return _Slice(str(x["image_id"]), _patient(x), *place, area, true, predicted, both)
 
     def _volumes(self, slices: Sequence[_Slice]) -> Iterable[dict]:
         """Rows of ``volumes.csv``."""
@@ -189,6 +246,10 @@ class MaskEvaluator(DatasetEvaluator):
         why = {} if volumes else {"note": "volumes are not known: no pixel spacing or positions"}
         content = {"threshold": self.threshold, **counts, **summary, **why}
         write_json(self.output_dir / SUMMARY, content)
+
+
+def _patient(inputs: dict) -> str:
+    return str(inputs.get("patient_id", inputs["image_id"]))
 
 
 def read_summary(folder: Path) -> dict | None:

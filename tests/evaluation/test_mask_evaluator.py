@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 
 from ich_det2.data.masks import encode_mask
 from ich_det2.evaluation.mask_evaluator import MaskEvaluator, is_known
@@ -28,7 +28,7 @@ def evaluate(tmp_path, write_ct):
     """Function: what is found of slices (patient, annotations, [(mask, score, class)]); those of a
     patient lie 5 mm apart and have pixels of 0.5 x 2 mm."""
 
-    def run(slices, classes=("hemorrhage",), pictures=False):
+    def run(slices, classes=("hemorrhage",), pictures=False, **settings):
         truth, outputs = [], []
         for i, (patient, annotations, found) in enumerate(slices):
             path = tmp_path / f"{i}.dcm"
@@ -43,11 +43,12 @@ def evaluate(tmp_path, write_ct):
                 np.array([m for m, *_ in found] or np.zeros((0, 20, 30), bool))
             )
             instances.scores = torch.tensor([score for _, score, _ in found])
+            instances.pred_boxes = Boxes(torch.tensor([[2.0, 2, 12, 12]]).repeat(len(found), 1))
             instances.pred_classes = torch.tensor([k for *_, k in found], dtype=torch.int64)
             outputs.append({"instances": instances})
         evaluator = MaskEvaluator(
             classes=classes, threshold=0.5, truth=truth, output_dir=tmp_path / "out",
-            distributed=False,
+            distributed=False, **settings,
         )  # fmt: skip
         evaluator.process(truth[:1], outputs[:1])
         evaluator.process(truth, outputs)  # the first twice, as samplers may do
@@ -148,3 +149,12 @@ def test_a_model_without_masks_is_passed_over(caplog):
     found = Instances((20, 30), scores=torch.ones(1), pred_classes=torch.zeros(1).long())
     evaluator.process([{"image_id": "s"}] * 2, [{"instances": found}, {"image_score": 0.3}])
     assert evaluator.evaluate() == {} and "The model gives no masks" in caplog.text
+
+
+def test_a_mask_counts_by_the_score_of_its_box_along_the_series(evaluate):
+    lesion = mask((2, 12), (2, 12))
+    slices = [("p", [annotation(lesion)], [(lesion, score, 0)]) for score in (0.9, 0.4, 0.9)]
+    assert evaluate(slices)["masks"]["slice_dice"] == pytest.approx(2 / 3)
+    # The middle one: 0.5 * 0.4 + 0.25 * (0.9 + 0.9) = 0.65.
+    smoothed = evaluate(slices, smoothing=[0.25, 0.5, 0.25], smoothing_iou=0.3)
+    assert smoothed["masks"]["slice_dice"] == 1
