@@ -14,6 +14,9 @@ _INSTANCES = "00201209"
 
 _PAGE = 100
 
+DUPLICATE = 0x0111
+"""Duplicate SOP Instance (PS3.7, C.5): the archive has an object of that UID already."""
+
 
 class Dicomweb:
     """Of an archive: asks and stores."""
@@ -75,6 +78,8 @@ class Dicomweb:
         # The sequence may be there and empty.
         for item in answer.get("FailedSOPSequence", ()):
             reason = item.get("FailureReason")
+            if reason == DUPLICATE:
+                continue
             text = (
                 f"STOW-RS failure reason 0x{reason:04X}"
                 if reason is not None

@@ -244,11 +244,11 @@ class Journal:
     # ---- what is to be sent ----------------------------------------------------------------------
 
     def due(self, destination: str, limit: int = 100) -> list[Delivery]:
-        """Objects that may be sent there now, the oldest first."""
+        """Objects that may be sent there now, the least tried and the oldest first."""
         rows = self._all(
             "SELECT d.result, d.destination, r.study, r.kind, r.path, d.attempts FROM deliveries d"
             " JOIN results r ON r.uid = d.result WHERE d.sent_at IS NULL AND d.destination=?"
-            " AND d.next_at <= ? ORDER BY r.at, r.rowid LIMIT ?",
+            " AND d.next_at <= ? ORDER BY d.attempts, r.at, r.rowid LIMIT ?",
             *(destination, time.time(), limit),
         )
         return [d._replace(path=self._place(d.path)) for d in map(Delivery._make, rows)]

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pydicom
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.sop_class import Verification
 
 from .config import Destination, ServeConfig
-from .dicomweb import Dicomweb
+from .dicomweb import DUPLICATE, Dicomweb
 from .journal import Delivery, Journal
 from .log import study_key
 from .points import reach
@@ -34,12 +35,13 @@ class Sender:
         return sum(self._send_to(destination) for destination in self._cfg.send)
 
     def _send_to(self, destination: Destination) -> int:
-        due = self._journal.due(destination.name)
+        due, tried = self._journal.due(destination.name), 0
         # A study's objects go together, in one association.
         by_study: dict[str, list[Delivery]] = defaultdict(list)
         for delivery in due:
             by_study[delivery.study].append(delivery)
         for study, deliveries in by_study.items():
+            tried += len(deliveries)
             store = store_by_stow if destination.url else store_by_dimse
             try:
                 datasets = [pydicom.dcmread(Path(d.path)) for d in deliveries]
@@ -66,7 +68,9 @@ class Sender:
                     "failed": len(failed),
                 },
             )
-        return len(due)
+            if failed:  # or the other destinations would wait for each of the studies to fail
+                break
+        return tried
 
 
 def store_by_stow(
@@ -91,8 +95,16 @@ def store_by_dimse(
     ae = AE(ae_title=cfg.receive.ae_title)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = cfg.receive.timeout_s
     ae.connection_timeout = cfg.receive.timeout_s
-    for wanted in {(ds.SOPClassUID, ds.file_meta.TransferSyntaxUID) for ds in datasets}:
-        ae.add_requested_context(*wanted)
+    # Every archive takes one of the plain syntaxes; send_c_store encodes anew what is not
+    # compressed.
+    plain = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
+    wanted: dict[tuple[str, str], None] = {}
+    for ds in datasets:
+        own = ds.file_meta.TransferSyntaxUID
+        syntaxes = [own] if own.is_compressed else [own, *plain]
+        wanted |= dict.fromkeys((ds.SOPClassUID, syntax) for syntax in syntaxes)
+    for sop_class, syntax in wanted:
+        ae.add_requested_context(sop_class, syntax)
     ae.add_requested_context(Verification)
     tls = (destination.tls.client(), destination.host) if destination.tls else None
     association = ae.associate(
@@ -109,8 +121,9 @@ def store_by_dimse(
             except ValueError as error:  # that class is not accepted there
                 failed[ds.SOPInstanceUID] = describe(error)
                 continue
-            # 0xBxxx are warnings: it is stored.
-            if status is None or status != 0 and status >> 12 != 0xB:
+            # 0xBxxx are warnings: it is stored. So is what is there already: its UID follows from
+            # what it says.
+            if status is None or status not in (0, DUPLICATE) and status >> 12 != 0xB:
                 reason = "no answer" if status is None else f"C-STORE status 0x{status:04X}"
                 failed[ds.SOPInstanceUID] = reason
             if status is None:

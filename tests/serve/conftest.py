@@ -35,12 +35,12 @@ def wire():
 class Pacs:
     """A storage SCP that keeps what it is sent, and answers what it is told to."""
 
-    def __init__(self):
+    def __init__(self, syntaxes=ALL_TRANSFER_SYNTAXES):
         self.status, self.received, self.sent = 0x0000, {}, []
         self._lock = threading.Lock()
         ae = AE(ae_title="PACS")
         for context in AllStoragePresentationContexts:
-            ae.add_supported_context(context.abstract_syntax, ALL_TRANSFER_SYNTAXES)
+            ae.add_supported_context(context.abstract_syntax, syntaxes)
         self._ae, self.port, self._server = ae, 0, None
 
     def start(self):
@@ -76,6 +76,22 @@ def pacs():
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def pacs_of():
+    """Function that starts a PACS that takes these transfer syntaxes; it is stopped behind the
+    test."""
+    running = []
+
+    def start(syntaxes):
+        running.append(Pacs(syntaxes))
+        running[-1].start()
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
 
 
 @pytest.fixture

@@ -10,23 +10,31 @@ import ssl
 import struct
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 from pynetdicom import AE
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import CTImageStorage
 
 from ich_det2.dicom_out import KINDS
+from ich_det2.serve import sender
 from ich_det2.serve.config import Receive, ServeConfig, Tls, _build
+from ich_det2.serve.dicomweb import Dicomweb
 from ich_det2.serve.journal import Journal
 from ich_det2.serve.log import JsonFormatter, study_key
 from ich_det2.serve.receiver import Receiver
@@ -198,6 +206,58 @@ def test_a_pacs_that_is_down_or_refuses_gets_it_later(node, pacs, study, wire, f
         pacs.start()
     wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
     assert len(pacs.sent) == 1 and not one.journal.errors()
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_a_pacs_that_takes_one_plain_syntax_gets_all_kinds(
+    node, pacs_of, study, wire, settings, syntax
+):
+    pacs = pacs_of([syntax])
+    to = settings()["send"][0] | {"port": pacs.port, "objects": [*KINDS]}
+    one = node(send=[to])
+    wire.send(one.receiver.port, study(n=2))
+    wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    assert sorted(ds.Modality for ds in pacs.received.values()) == ["KO", "OT", "OT", "PR", "SR"]
+
+
+def test_a_pacs_that_has_an_answer_already_has_been_sent_it(node, pacs, study, wire):
+    one = node()
+    pacs.status = 0x0111
+    wire.send(one.receiver.port, study())
+    wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    assert not one.sender.counts["failed"]
+
+
+def test_stow_tells_what_is_there_already_from_what_failed(monkeypatch):
+    answer, items = pydicom.Dataset(), []
+    for uid, reason in (("1.1", 0x0111), ("1.2", 0xA700)):
+        items.append(pydicom.Dataset())
+        items[-1].ReferencedSOPInstanceUID, items[-1].FailureReason = uid, reason
+    answer.FailedSOPSequence = items
+    client = SimpleNamespace(store_instances=lambda datasets: answer)
+    monkeypatch.setattr(Dicomweb, "_client", lambda self: client)
+    assert Dicomweb("http://x").store([]) == {"1.2": "STOW-RS failure reason 0xA700"}
+
+
+def test_a_destination_that_fails_is_tried_once_a_round(tmp_path, monkeypatch):
+    to = {"name": "hung", "host": "127.0.0.1", "port": 1, "ae_title": "A"}
+    cfg = _build(ServeConfig, {"root": str(tmp_path), "send": [to], "retry_s": 1e-3}, "")
+    journal, tried = Journal(tmp_path / "journal.sqlite"), []
+    for i in range(3):
+        journal.add_instance(f"1.1.{i}", f"1.2.{i}", "x", 1, "")
+        journal.answer(f"1.2.{i}", 1, "absent", True, [(f"1.3.{i}", "sr", f"{i}", ["hung"])])
+    monkeypatch.setattr(pydicom, "dcmread", lambda path: path.name)
+
+    def store(destination, cfg, datasets):
+        tried.append(datasets)
+        time.sleep(0.01)  # longer than the pause behind a failure
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(sender, "store_by_dimse", store)
+    one = sender.Sender(cfg, journal)
+    # By turns, so that none keeps the others from being tried.
+    assert [one.send() for _ in range(4)] == [1] * 4
+    assert tried == [["0"], ["1"], ["2"], ["0"]]
 
 
 def test_twenty_associations_at_once(node, pacs, study, wire):
