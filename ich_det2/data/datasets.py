@@ -243,6 +243,8 @@ def fingerprint(dicts: Sequence[dict]) -> dict[str, int | str]:
         path = Path(d["file_name"])
         known = {key: value for key, value in d.items() if key not in _OF_SETTINGS}
         known["file"] = path.name, path.stat().st_size if path.is_file() else None
+        if "series" in known:  # its own name; patient and study are known beside
+            known["series"] = str(known["series"]).rstrip("\n").rpartition("\n")[2]
         known["annotations"], masks = [], []
         for annotation in d.get("annotations", ()):
             name = "type" if "type" in annotation else "category_id"
