@@ -21,7 +21,8 @@ CREATE TABLE IF NOT EXISTS studies (
   uid TEXT PRIMARY KEY, first_at REAL NOT NULL, last_at REAL NOT NULL, version INTEGER NOT NULL,
   answered INTEGER NOT NULL DEFAULT 0, expected INTEGER, attempts INTEGER NOT NULL DEFAULT 0,
   next_at REAL NOT NULL DEFAULT 0, error TEXT NOT NULL DEFAULT '', verdict TEXT NOT NULL DEFAULT '',
-  complete INTEGER NOT NULL DEFAULT 0, removed INTEGER NOT NULL DEFAULT 0) STRICT;
+  complete INTEGER NOT NULL DEFAULT 0, removed INTEGER NOT NULL DEFAULT 0,
+  gone INTEGER NOT NULL DEFAULT 0) STRICT;
 CREATE TABLE IF NOT EXISTS instances (
   uid TEXT PRIMARY KEY, study TEXT NOT NULL REFERENCES studies(uid), path TEXT NOT NULL,
   bytes INTEGER NOT NULL, sha256 TEXT NOT NULL, at REAL NOT NULL) STRICT;
@@ -50,7 +51,8 @@ something of the answer is to be sent; all is done."""
 
 
 class Study(NamedTuple):
-    """A row of the studies, and its state."""
+    """A row of the studies, and its state. ``gone`` is how many instances it had when it was
+    removed: if fewer come again, it is not complete."""
 
     uid: str
     first_at: float
@@ -64,6 +66,7 @@ class Study(NamedTuple):
     verdict: str
     complete: int
     removed: int
+    gone: int
     state: str
 
 
@@ -96,6 +99,9 @@ class Journal:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.executescript(_SCHEMA)
+        columns = {row[1] for row in self._db.execute("PRAGMA table_info(studies)")}
+        if "gone" not in columns:  # of an older journal
+            self._db.execute("ALTER TABLE studies ADD COLUMN gone INTEGER NOT NULL DEFAULT 0")
 
     def close(self) -> None:
         with self._lock:
@@ -198,8 +204,9 @@ class Journal:
         with self._transaction() as db:
             for uid, kind, path, destinations in objects:
                 db.execute(
-                    "INSERT OR IGNORE INTO results (uid, study, version, kind, path, at)"
-                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO results (uid, study, version, kind, path, at)"
+                    " VALUES (?, ?, ?, ?, ?, ?)"
+                    " ON CONFLICT(uid) DO UPDATE SET version=excluded.version",
                     (uid, study, version, kind, _stored(path), now),
                 )
                 db.executemany(
@@ -351,9 +358,13 @@ class Journal:
                 "DELETE FROM deliveries WHERE result IN (SELECT uid FROM results WHERE study=?)",
                 (study,),
             )
+            db.execute(
+                "UPDATE studies SET removed=1, gone=MAX(gone, (SELECT COUNT(*) FROM instances i"
+                " WHERE i.study = studies.uid)) WHERE uid=?",
+                (study,),
+            )
             db.execute("DELETE FROM results WHERE study=?", (study,))
             db.execute("DELETE FROM instances WHERE study=?", (study,))
-            db.execute("UPDATE studies SET removed=1 WHERE uid=?", (study,))
             return paths
 
 

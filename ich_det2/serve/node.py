@@ -6,7 +6,6 @@ import fcntl
 import logging
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -54,7 +53,6 @@ class Node:
         self.sender = Sender(cfg, self.journal)
         self.receiver = Receiver(cfg.receive, cfg.root, self.journal)
         self._stop = threading.Event()
-        self._beats: dict[str, float] = {}
         self._threads = [
             threading.Thread(target=self._loop, args=(name, step), name=name, daemon=True)
             for name, step in (("worker", self.worker.work), ("sender", self.sender.send))
@@ -100,9 +98,7 @@ class Node:
     def _step(self, name: str, step: Callable[[], int]) -> int:
         """A fault of one step ends none of the threads."""
         try:
-            done = step()
-            self._beats[name] = time.monotonic()
-            return done
+            return step()
         except Exception:
             logger.exception("%s failed", name)
             return 0

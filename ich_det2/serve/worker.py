@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pydicom
@@ -54,8 +55,8 @@ class Worker:
         """Answers what may be answered now; returns how many studies were tried."""
         tried = 0
         for study in self._journal.quiet_studies(self._cfg.complete.quiet_s):
-            if self._waits(study):
-                continue
+            if self._waits(study) or self._journal.study(study.uid).version != study.version:
+                continue  # it waits, or more of it came while others were diagnosed
             tried += 1
             self.answer(study)
         return tried
@@ -115,13 +116,16 @@ class Worker:
         diagnosis = diagnose(folder, self._model, threshold=cfg.threshold)
         reach("detected")
         expected = journal.study(study.uid).expected
-        diagnosis = _with_missing(diagnosis, len(journal.instances(study.uid)), expected)
+        there = sum(Path(path).is_file() for path in journal.instances(study.uid))
+        diagnosis = _with_missing(diagnosis, there, max(expected or 0, study.gone))
         wanted = {kind for d in cfg.send for kind in d.objects} or KINDS
         kinds = [kind for kind in ALL_KINDS if kind in wanted]
         previous = [pydicom.dcmread(p) for p in journal.last_reports(study.uid, study.version)]
         place = cfg.root / "results" / study.uid
         objects, verdicts, complete = [], [], True
+        known = {Path(path).stem for path in journal.results(study.uid)}
         for part in studies(diagnosis):
+            part = self._newest(part, known, previous)
             verdicts.append(part.verdict)
             complete = complete and part.n_lost == 0
             for kind, built in self._build(part, kinds, previous):
@@ -138,6 +142,19 @@ class Worker:
         reach("answered")
         return verdict, complete, len(objects)
 
+    def _newest(
+        self, part: StudyDiagnosis, known: Set[str], previous: Sequence[pydicom.Dataset]
+    ) -> StudyDiagnosis:
+        """The part, as another answer where the same was given before, but not last: an archive
+        would keep the one in between as the newest."""
+        last = {f"sr-{ds.SOPInstanceUID}" for ds in previous}
+        whole = (part.diagnosis, part.patient, part.study_uid, part.slices)
+        for turn in itertools.count(1):
+            name = f"sr-{part.uid('sr', self._cfg.sr_class, 1)}"
+            if name not in known or name in last:
+                return part
+            part = _Again(*whole, turn)
+
     def _build(
         self, part: StudyDiagnosis, kinds: Sequence[str], previous: Sequence[pydicom.Dataset]
     ) -> Iterator[tuple[str, pydicom.Dataset]]:
@@ -153,9 +170,23 @@ class Worker:
             logger.warning("no segmentation", extra=extra)
 
 
-def _with_missing(diagnosis: Diagnosis, there: int, expected: int | None) -> Diagnosis:
+@dataclass(frozen=True)
+class _Again(StudyDiagnosis):
+    """What was found in a study, once more after something else was found in it.
+
+    Attributes:
+        turn: how often before.
+    """
+
+    turn: int
+
+    def uid(self, *what: str | int) -> str:
+        return super().uid(*what, f"again {self.turn}")
+
+
+def _with_missing(diagnosis: Diagnosis, there: int, expected: int) -> Diagnosis:
     """Says of each patient of a study that instances of it are missing, if they are."""
-    missing = max(0, (expected or 0) - there)
+    missing = max(0, expected - there)
     patients = tuple(
         replace(p, n_slices_missing=max(p.n_slices_missing, missing)) for p in diagnosis.patients
     )

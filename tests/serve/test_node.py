@@ -38,7 +38,7 @@ from ich_det2.serve.dicomweb import Dicomweb
 from ich_det2.serve.journal import Journal
 from ich_det2.serve.log import JsonFormatter, study_key
 from ich_det2.serve.receiver import Receiver
-from ich_det2.serve.worker import clean, sweep
+from ich_det2.serve.worker import Worker, clean, sweep
 
 REAL = Path(__file__).parents[3] / "shared/data/dicom"
 
@@ -169,6 +169,45 @@ def test_a_slice_that_was_changed_at_its_source_takes_the_place_of_the_first(
     first, second = pacs.reports()
     assert (first.PatientID, second.PatientID) == ("PID1", "CORRECTED")
     assert "PredecessorDocumentsSequence" in second
+
+
+def test_an_answer_that_holds_again_takes_the_place_of_the_one_between(node, pacs, study, wire):
+    one = node()
+    chain = []
+    for patient in ("PID1", "OTHER", "PID1", "OTHER"):
+        slices = study(n=2)
+        for ds in slices:
+            ds.PatientID = patient
+        wire.send(one.receiver.port, slices)
+        wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+        (new,) = [ds for ds in pacs.reports() if ds.SOPInstanceUID not in chain]
+        assert new.PatientID == patient
+        if chain:
+            reference = new.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0]
+            (before,) = reference.ReferencedSOPSequence
+            assert before.ReferencedSOPInstanceUID == chain[-1]
+        chain.append(new.SOPInstanceUID)
+    # What says the same of other bytes is no new answer.
+    for ds in slices:
+        ds.StationName = "ELSEWHERE"
+    wire.send(one.receiver.port, slices)
+    wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    assert pacs.sent == chain
+
+
+def test_a_study_that_grows_while_others_are_diagnosed_waits_again(tmp_path, monkeypatch):
+    cfg = _build(ServeConfig, {"root": str(tmp_path), "complete": {"quiet_s": 0.1}}, "")
+    journal, answered = Journal(tmp_path / "journal.sqlite"), []
+    for uid in ("1.2.1", "1.2.2"):
+        journal.add_instance(f"{uid}.1", uid, "x", 1, "")
+    time.sleep(0.2)
+
+    def answer(self, study):
+        answered.append(study.uid)
+        journal.add_instance("1.2.2.2", "1.2.2", "x", 1, "")
+
+    monkeypatch.setattr(Worker, "answer", answer)
+    assert Worker(cfg, journal, None).work() == 1 and answered == ["1.2.1"]
 
 
 def test_a_study_that_cannot_be_diagnosed_fails_in_sight_and_is_tried_again(
@@ -505,8 +544,12 @@ def test_studies_are_removed_when_they_are_sent_and_old_and_not_before(
     assert clean(one._cfg, one.journal) == 0
     assert clean(cfg, one.journal) == 1 and clean(cfg, one.journal) == 0
     assert not list(one._cfg.root.rglob("*.dcm")) and one.journal.study("1.2.3.1").removed
-    wire.send(one.receiver.port, study(1))  # comes again: it is answered again
+    wire.send(one.receiver.port, study(1, n=1))  # a part of it comes again
     wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    assert not one.journal.study("1.2.3.1").complete
+    wire.send(one.receiver.port, study(1))  # all of it does
+    wire.wait_for(lambda: states(one) == {"1.2.3.1": "sent"})
+    assert one.journal.study("1.2.3.1").complete
 
 
 def test_slices_that_arrive_while_their_study_is_removed_are_kept(
@@ -716,6 +759,7 @@ def test_a_folder_that_is_written_otherwise_or_moved_keeps_what_was_acknowledged
     elif written == "older":  # which stored paths as they were written
         with contextlib.closing(sqlite3.connect(root / "journal.sqlite")) as db, db:
             db.execute("UPDATE instances SET path = '/var/old/' || path")
+            db.execute("ALTER TABLE studies DROP COLUMN gone")
     assert swept(other) == (4, 4)
 
 
