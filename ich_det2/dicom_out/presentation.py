@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from highdicom import ModalityLUTTransformation
 from highdicom.pr import (
     GraphicAnnotation,
     GraphicLayer,
@@ -30,14 +31,18 @@ def build_presentations(study: StudyDiagnosis) -> Iterator[GrayscaleSoftcopyPres
     """A presentation state for each series of which slices are shown, the positive ones and the
     study's worst: boxes at or above the threshold with their scores, and the slice's verdict.
 
-    A series whose images differ in size gets one for each size, since a state shows an area.
+    A series whose images differ in size or in their rescale values gets one for each, since a state
+    shows one area, by one modality LUT. So does each file of several frames.
     """
     alike = defaultdict(list)
     for s in study.shown:
         header = study.header(s)
-        alike[header.SeriesInstanceUID, header.Rows, header.Columns].append(s)
+        rescale = _rescale(header, s.source.frame)
+        file = None if s.source.frame is None else s.source.path
+        key = header.SeriesInstanceUID, header.Rows, header.Columns, rescale, file
+        alike[key].append(s)
     level, width = BRAIN_WINDOW
-    for number, slices in enumerate(alike.values(), start=1):
+    for number, ((*_, rescale, _), slices) in enumerate(alike.items(), start=1):
         images = list({s.source.path: study.header(s) for s in slices}.values())
         state = GrayscaleSoftcopyPresentationState(
             referenced_images=images,
@@ -48,6 +53,7 @@ def build_presentations(study: StudyDiagnosis) -> Iterator[GrayscaleSoftcopyPres
             content_creator_name="ich_det2^software",
             graphic_layers=[_LAYER],
             graphic_annotations=[_annotate(study, s) for s in slices],
+            modality_lut_transformation=rescale and ModalityLUTTransformation(*rescale),
             voi_lut_transformations=[SoftcopyVOILUTTransformation(level, width)],
         )
         state.Laterality = ""  # type 2C, which the library leaves out
@@ -56,6 +62,23 @@ def build_presentations(study: StudyDiagnosis) -> Iterator[GrayscaleSoftcopyPres
             del area.PresentationPixelAspectRatio
             area.PresentationPixelSpacing = spacing
         yield state
+
+
+def _rescale(header: Dataset, frame: int | None) -> tuple[float, float, str] | None:
+    """Rescale Intercept, Slope and Type of an image or of a frame; None where it has none."""
+    groups = [header]
+    if frame is not None and "PerFrameFunctionalGroupsSequence" in header:
+        groups = [
+            header.PerFrameFunctionalGroupsSequence[frame],
+            *header.get("SharedFunctionalGroupsSequence", ()),
+            header,
+        ]
+    for group in groups:
+        values = group.get("PixelValueTransformationSequence", [group])[0]
+        slope, intercept = values.get("RescaleSlope"), values.get("RescaleIntercept")
+        if slope is not None and intercept is not None:
+            return float(intercept), float(slope), values.get("RescaleType") or "HU"
+    return None
 
 
 def _annotate(study: StudyDiagnosis, s) -> GraphicAnnotation:

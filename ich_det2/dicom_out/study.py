@@ -7,17 +7,20 @@ several.
 from __future__ import annotations
 
 import hashlib
+import re
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pydicom
-from pydicom.valuerep import DA, TM
+from pydicom.datadict import dictionary_has_tag, dictionary_VM
+from pydicom.multival import MultiValue
+from pydicom.valuerep import DA, TM, format_number_as_ds
 
 from ..evaluation.diagnosis import patient_scores
 from ..version import __version__
@@ -33,6 +36,8 @@ _TYPE_2 = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"),
     *("StudyDate", "StudyTime", "ReferringPhysicianName"),
 )
+
+_IDENTIFIERS = ("PatientID", "AccessionNumber", "StudyID")
 
 
 class NoSegmentation(ValueError):
@@ -154,9 +159,14 @@ class StudyDiagnosis:
 
     @cached_property
     def _headers(self) -> dict[Path, pydicom.Dataset]:
-        return {
-            path: read_header(path) for path in dict.fromkeys(s.source.path for s in self.slices)
-        }
+        headers = {}
+        for s in self.slices:
+            path = s.source.path
+            if path not in headers:
+                headers[path] = read_header(path)
+                if not headers[path].SOPClassUID:
+                    raise ValueError(f"{s.file}: has no SOP Class UID, so nothing can refer to it.")
+        return headers
 
     def header(self, of: SliceDiagnosis) -> pydicom.Dataset:
         """The header of a slice's image, complete enough to be referenced."""
@@ -195,15 +205,16 @@ def studies(diagnosis: Diagnosis) -> Iterator[StudyDiagnosis]:
     """The studies of a diagnosis.
 
     Raises:
-        ValueError: naming a slice that is no DICOM file, or has no study to be filed under.
+        ValueError: naming a slice that is no DICOM file, or has no study or series of its own.
     """
     patients = {p.patient: p for p in diagnosis.patients}
     found: dict[tuple[str, str], list[SliceDiagnosis]] = defaultdict(list)
     for s in diagnosis.slices:
-        if not (s.source.identity.study_uid and s.source.identity.sop_uid):
+        own = s.source.identity
+        if not (own.study_uid and own.series_uid and own.sop_uid):
             raise ValueError(
-                f"{s.file}: has no Study or SOP Instance UID, so no result can be filed beside it"
-                " in a PACS; give the DICOM files of the study."
+                f"{s.file}: has no Study, Series or SOP Instance UID, so no result can be filed"
+                " beside it in a PACS; give the DICOM files of the study."
             )
         found[s.patient, s.source.identity.study_uid].append(s)
     for (patient, study_uid), slices in found.items():
@@ -213,18 +224,16 @@ def studies(diagnosis: Diagnosis) -> Iterator[StudyDiagnosis]:
 def read_header(path: Path) -> pydicom.Dataset:
     """The header of an image, with what the standard asks of it and some scanners leave out."""
     header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    _fit(header)
     header.decode()
     header.SpecificCharacterSet = "ISO_IR 192"
+    if not header.get("SOPClassUID"):
+        header.SOPClassUID = header.file_meta.get("MediaStorageSOPClassUID", "")
     for keyword in _TYPE_2:
         if keyword not in header or header[keyword].value is None:
             setattr(header, keyword, "")
     if header.PatientSex not in ("M", "F", "O"):
         header.PatientSex = ""
-    for keyword, kind in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
-        try:
-            kind(header.get(keyword))
-        except ValueError:
-            setattr(header, keyword, "")
     # Type 1C: it says how identities were removed, where they were.
     if "DeidentificationMethod" in header and not header.DeidentificationMethod:
         del header.DeidentificationMethod
@@ -233,3 +242,78 @@ def read_header(path: Path) -> pydicom.Dataset:
     ):
         header.DeidentificationMethod = "Unknown"
     return header
+
+
+def _fit(header: pydicom.Dataset) -> None:
+    """Makes values what their VR and multiplicity allow (PS3.5, 6.2); those that cannot be read are
+    taken out."""
+    for tag in list(header.keys()):
+        try:
+            element = header[tag]
+        except Exception:  # whatever pydicom raises on damage
+            del header[tag]
+            continue
+        if element.VR == "SQ":
+            for item in element.value:
+                _fit(item)
+            continue
+        if element.is_empty or tag.is_private:
+            continue
+        value = element.value
+        if dictionary_has_tag(tag) and dictionary_VM(tag) == "1" and isinstance(value, MultiValue):
+            value = value[0]
+        if element.VR in _FITTING:
+            fit = partial(_FITTING[element.VR], element.keyword)
+            value = [fit(v) for v in value] if isinstance(value, MultiValue) else fit(value)
+        if value != element.value or str(value) != str(element.value):
+            header[tag] = pydicom.DataElement(tag, element.VR, value)
+
+
+def _cut(keyword: str, value: str, length: int) -> str:
+    """A text of a length; a part of an identifier would be another's."""
+    return value if len(value) <= length else "" if keyword in _IDENTIFIERS else value[:length]
+
+
+def _person(keyword: str, value) -> str:
+    """Up to three groups of components of 64 characters each."""
+    return "=".join(group[:64] for group in str(value).split("=")[:3])
+
+
+def _date(keyword: str, value) -> str:
+    """YYYYMMDD, also of YYYY.MM.DD, which was DICOM's before 1993."""
+    text = re.sub(r"^(\d{4})\.(\d\d)\.(\d\d)$", r"\1\2\3", str(value).strip())
+    return text if _is(DA, text) and len(text) == 8 else ""
+
+
+def _time(keyword: str, value) -> str:
+    """HHMMSS.FFFFFF, also of HH:MM:SS."""
+    text = str(value).strip().replace(":", "")
+    return text if _is(TM, text) else ""
+
+
+def _is(kind: type, text: str) -> bool:
+    try:
+        return kind(text) is not None
+    except ValueError:
+        return False
+
+
+def _age(keyword: str, value) -> str:
+    text = str(value).strip().upper().zfill(4)
+    return text if re.fullmatch(r"\d{3}[DWMY]", text) else ""
+
+
+def _decimal(keyword: str, value) -> str:
+    text = str(value).strip()
+    return text if len(text) <= 16 else format_number_as_ds(float(value))
+
+
+_FITTING = {
+    "SH": lambda keyword, value: _cut(keyword, str(value), 16),
+    "LO": lambda keyword, value: _cut(keyword, str(value), 64),
+    "PN": _person,
+    "DA": _date,
+    "TM": _time,
+    "AS": _age,
+    "DS": _decimal,
+}

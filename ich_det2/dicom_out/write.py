@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,15 @@ from pydicom import Dataset
 
 from ..files import nested, replace_folder
 from ..version import __version__
-from .study import NOTICE, StudyDiagnosis, studies
+from .study import NOTICE, NoSegmentation, StudyDiagnosis, studies
 
 if TYPE_CHECKING:
     from ..inference.results import Diagnosis
+
+logger = logging.getLogger(__name__)
+
+# What highdicom raises where it does not expect what a header says.
+_UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 KINDS = ("sr", "gsps", "sc", "kos")
 """Structured report, presentation state, Secondary Capture, Key Object Selection."""
@@ -48,7 +54,12 @@ def build_objects(
         previous: reports of the study that the new one takes the place of.
 
     Yields:
-        Kind and object, which ``save_as`` writes.
+        Kind and object, which ``save_as`` writes. A kind that cannot be made is left out, and said
+        in the log, unless it is the only one.
+
+    Raises:
+        NoSegmentation: see :func:`build_segmentations`.
+        ValueError: no kind can be made, or a header is not enough to be referred to.
     """
     # The library takes its time to be imported, and is an extra.
     from .capture import build_captures
@@ -64,12 +75,27 @@ def build_objects(
         "kos": lambda: [build_key_objects(study)],
         "seg": lambda: build_segmentations(study),
     }
+    failed = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        _ = study.headers  # what is wrong with one concerns all kinds
     for kind in kinds:
-        with warnings.catch_warnings():
-            # They would tell names of patients, such as those of one component.
-            warnings.simplefilter("ignore", UserWarning)
-            built = list(builders[kind]())
+        try:
+            with warnings.catch_warnings():
+                # They would tell names of patients, such as those of one component.
+                warnings.simplefilter("ignore", UserWarning)
+                built = list(builders[kind]())
+        except NoSegmentation:
+            raise
+        except _UNFIT as error:
+            failed.append(kind)
+            logger.warning("DICOM %s cannot be made (%s)", kind.upper(), type(error).__name__)
+            continue
         yield from ((kind, each) for each in built)
+    if failed and len(failed) == len(kinds):
+        raise ValueError(
+            f"DICOM {', '.join(failed).upper()} cannot be made of a study with such headers."
+        )
 
 
 def write_dicom(
@@ -84,7 +110,8 @@ def write_dicom(
 
     Args:
         diagnosis: of DICOM files.
-        folder: a new one; it gets ``<patient>/<study>/<kind>-<number>.dcm`` and ``objects.json``.
+        folder: a new one; it gets ``<patient>/<study>/<kind>-<number>.dcm`` and ``objects.json``,
+            which also lists kinds that could not be made.
         kinds: of ``ALL_KINDS``.
         sr_class: of ``SR_CLASSES``.
         force: replace an earlier result of this function.
@@ -96,7 +123,7 @@ def write_dicom(
         ValueError: one sentence; see :func:`check_dicom_output` and :func:`studies`.
     """
     check_dicom_output(folder, diagnosis.inputs, kinds, sr_class=sr_class, force=force)
-    folder, rows = Path(folder), []
+    folder, rows, failed = Path(folder), [], []
     with replace_folder(folder) as fresh:
         numbers: dict[str, int] = {}
         for study in studies(diagnosis):
@@ -121,8 +148,13 @@ def write_dicom(
                         "sop_uid": built.SOPInstanceUID,
                     }
                 )
+            failed += [
+                {"kind": kind, "folder": place.as_posix()}
+                for kind in kinds
+                if kind in KINDS and kind not in count
+            ]
         index = {"tool": "ich_det2.dicom_out", "version": __version__, "notice": NOTICE}
-        text = json.dumps({**index, "objects": rows}, indent=1)
+        text = json.dumps({**index, "objects": rows, "not_made": failed}, indent=1)
         (fresh / INDEX).write_text(text + "\n", encoding="utf-8")
     return [folder / row["file"] for row in rows]
 

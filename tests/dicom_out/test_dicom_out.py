@@ -424,7 +424,7 @@ def test_pictures_have_no_study_to_be_filed_under(tmp_path):
 
     (tmp_path / "exam").mkdir()
     Image.fromarray(np.full((64, 64), 90, np.uint8)).save(tmp_path / "exam/a.png")
-    with pytest.raises(ValueError, match="a.png: has no Study or SOP Instance UID"):
+    with pytest.raises(ValueError, match="a.png: has no Study, Series or SOP Instance UID"):
         write_dicom(look([tmp_path / "exam"], 0.9), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -452,3 +452,84 @@ def test_no_name_is_told_in_a_warning(phantom, tmp_path, recwarn, caplog):
         ds.save_as(path)
     write_dicom(look([folder], 0.9), tmp_path / "out")
     assert "ZWICKY" not in "".join(str(w.message) for w in recwarn) + caplog.text
+
+
+@pytest.fixture
+def odd(phantom, tmp_path, monkeypatch):
+    """Function that copies three slices with attributes that may break rules of DICOM."""
+
+    def copy(change):
+        folder = tmp_path / "odd"
+        folder.mkdir()
+        monkeypatch.setattr(pydicom.config.settings, "writing_validation_mode", 0)
+        for i, path in enumerate(sorted(phantom.iterdir())[4:7]):
+            ds = pydicom.dcmread(path)
+            for keyword, value in (change(i) if callable(change) else change).items():
+                if value is None:
+                    del ds[keyword]
+                else:
+                    setattr(ds, keyword, value)
+            ds.save_as(folder / path.name)
+        monkeypatch.undo()
+        return folder
+
+    return copy
+
+
+LONG = "0.4882812500000000123"
+
+
+@needs_validators
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "change, keyword, expected",
+    [
+        ({"StudyDate": "2004.01.19", "StudyTime": "10:20:30"}, "StudyDate", "20040119"),
+        ({"PatientBirthDate": "19-01-1950"}, "PatientBirthDate", ""),
+        ({"AccessionNumber": "ACC-2024-0000000123456789"}, "AccessionNumber", ""),
+        ({"AccessionNumber": ["A1", "B2"]}, "AccessionNumber", "A1"),
+        ({"StudyID": "S" * 30, "PatientID": "X" * 80}, "PatientID", ""),
+        ({"StudyDescription": "D" * 100}, "StudyID", None),
+        ({"PatientAge": "45"}, "PatientAge", None),
+        ({"PatientAge": "45Y"}, "PatientAge", "045Y"),
+        ({"PatientWeight": LONG, "PixelSpacing": [LONG] * 2}, "PatientID", None),
+        ({"PatientName": ["A^B", "C^D"]}, "PatientName", "A^B"),
+        ({"PatientName": "A" * 70}, "PatientName", "A" * 64),
+        ({"ReferringPhysicianName": ["A^B", "C^D"]}, "ReferringPhysicianName", "A^B"),
+        ({"SOPClassUID": None}, "PatientID", None),
+        (lambda i: {"RescaleIntercept": -1024 + i}, "PatientID", None),
+    ],
+)
+def test_odd_attributes_give_valid_objects(odd, tmp_path, change, keyword, expected):
+    files = write_dicom(look([odd(change)], 0.9), tmp_path / "out")
+    assert {f.name.split("-")[0] for f in files} == {*KINDS}
+    assert {str(f): errors for f in files if (errors := check(f))} == {}
+    for file in files:
+        ds = pydicom.dcmread(file)
+        assert expected is None or keyword not in ds or str(ds[keyword].value) == expected
+
+
+def test_each_rescale_has_a_state_of_its_own(odd):
+    (study,) = studies(look([odd(lambda i: {"RescaleIntercept": -1024 + (i == 1)})], 0.9))
+    built = [ds for _, ds in build_objects(study, ["gsps"])]
+    assert sorted(float(ds.RescaleIntercept) for ds in built) == [-1024, -1023]
+
+
+def test_images_that_nothing_can_refer_to_are_refused_by_name(odd, tmp_path):
+    folder = odd({"SeriesInstanceUID": None})
+    with pytest.raises(ValueError, match=r"^\S+: has no Study, Series or SOP Instance UID"):
+        write_dicom(look([folder], 0.9), tmp_path / "out")
+
+
+def test_a_kind_that_cannot_be_made_leaves_the_others(phantom, tmp_path, monkeypatch, caplog):
+    def fail(study):
+        raise TypeError("ZWICKY")
+
+    monkeypatch.setattr("ich_det2.dicom_out.presentation.build_presentations", fail)
+    diagnosis, out = look([phantom], 0.1), tmp_path / "out"
+    assert {f.name[:2] for f in write_dicom(diagnosis, out)} == {"sr", "sc", "ko"}
+    index = json.loads((out / "objects.json").read_text())
+    assert index["not_made"] == [{"kind": "gsps", "folder": "patient-001/study-01"}]
+    assert "GSPS cannot be made (TypeError)" in caplog.text and "ZWICKY" not in caplog.text
+    with pytest.raises(ValueError, match="GSPS cannot be made"):
+        write_dicom(diagnosis, tmp_path / "alone", ["gsps"])
