@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
 import ssl
 import typing
@@ -184,13 +186,30 @@ def read_config(path: str | Path) -> ServeConfig:
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is no YAML ({str(error).splitlines()[0]}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     try:
         return _build(ServeConfig, content, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        keys = [key.value for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            line = node.start_mark.line + 1
+            raise ValueError(
+                f"{twice[0]} is there {keys.count(twice[0])} times in what begins in line {line},"
+                " expected once."
+            )
+        return super().construct_mapping(node, deep)
 
 
 def _build(kind, content, where: str):
@@ -257,14 +276,20 @@ def _check(cfg: ServeConfig) -> None:
         "keep.max_gb": cfg.keep.max_gb,
     }
     for key, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{key} is {value}, expected more than 0.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value}, expected more than 0, and a finite number.")
     for key, value in (
         ("complete.quiet_s", cfg.complete.quiet_s),
+        ("complete.wait_s", cfg.complete.wait_s),
         ("receive.min_free_mb", receive.min_free_mb),
     ):
-        if not value >= 0:
-            raise ValueError(f"{key} is {value}, expected 0 or more.")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{key} is {value}, expected 0 or more, and a finite number.")
+    if receive.max_instance_mb > receive.max_study_mb:
+        raise ValueError(
+            f"receive.max_instance_mb is {receive.max_instance_mb:g}, expected at most"
+            f" receive.max_study_mb, {receive.max_study_mb:g}."
+        )
     if not 4096 <= receive.max_pdu <= 2**24:
         raise ValueError(f"receive.max_pdu is {receive.max_pdu}, expected 4096 to 16777216 bytes.")
     for key, port, least in (("receive.port", receive.port, 0), ("http.port", cfg.http.port, 0)):
@@ -282,6 +307,20 @@ def _check(cfg: ServeConfig) -> None:
     for d in cfg.send:
         if bool(d.host) == bool(d.url):
             raise ValueError(f"send '{d.name}' needs host, port and ae_title, or url.")
+        if not d.name:
+            raise ValueError("a destination in send has the name '', expected some characters.")
+        # A key that is not used would leave its writer in a wrong belief.
+        unused = ("ca", "token_file") if d.host else ("port", "ae_title", "tls")
+        if found := [key for key in unused if getattr(d, key)]:
+            way = "C-STORE (host)" if d.host else "STOW-RS (url)"
+            raise ValueError(
+                f"send '{d.name}' {found[0]} is {getattr(d, found[0])!r}, expected none: it is not"
+                f" used by {way}."
+            )
+        if not d.objects:
+            raise ValueError(
+                f"send '{d.name}' objects is [], expected at least one of {', '.join(ALL_KINDS)}."
+            )
         if d.host and not 1 <= d.port <= 65535:
             raise ValueError(f"send '{d.name}' port is {d.port}, expected 1 to 65535.")
         if d.url:
@@ -292,11 +331,28 @@ def _check(cfg: ServeConfig) -> None:
             )
     if cfg.complete.qido:
         _check_url("complete.qido", cfg.complete.qido)
+    for key in ("ca", "token_file"):
+        if (value := getattr(cfg.complete, key)) and not cfg.complete.qido:
+            raise ValueError(f"complete.{key} is {value!r}, expected none without complete.qido.")
+    for where, holder in (
+        ("receive.tls.", receive.tls),
+        ("complete.", cfg.complete),
+        *((f"send '{d.name}' ", d) for d in cfg.send),
+        *((f"send '{d.name}' tls.", d.tls) for d in cfg.send),
+    ):
+        for key in ("cert", "key", "ca"):
+            value = getattr(holder, key, "")
+            if value and not os.path.isfile(value):
+                raise ValueError(f"{where}{key} is {value!r}, expected a file that exists.")
 
 
 def _check_url(key: str, url: str) -> None:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{key} is {url!r}, expected http:// or https:// and a host.")
+    try:
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"{key} is {url!r}, expected a port from 0 to 65535.") from error
     if parts.username or parts.password:
         raise ValueError(f"{key} holds a name or password; put a token into token_file.")

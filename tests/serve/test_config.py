@@ -30,6 +30,7 @@ def test_defaults_listen_on_loopback_and_keep_answers(tmp_path):
 
 
 DIMSE = {"name": "a", "host": "h", "port": 1, "ae_title": "T"}
+STOW = {"name": "a", "url": "http://h/d"}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,29 @@ DIMSE = {"name": "a", "host": "h", "port": 1, "ae_title": "T"}
         ({"root": "x", "complete": {"quiet_s": -1}}, "complete.quiet_s is -1"),
         ({"root": "x", "keep": {"days": 0}}, "keep.days is 0"),
         ({"root": "x", "retry_s": float("nan")}, "retry_s is nan"),
+        ({"root": "x", "retry_s": float("inf")}, "retry_s is inf, expected"),
+        ({"root": "x", "receive": {"min_free_mb": float("inf")}}, "min_free_mb is inf, expected"),
+        ({"root": "x", "complete": {"wait_s": -5}}, "complete.wait_s is -5.0, expected 0 or more"),
+        (
+            {"root": "x", "receive": {"max_instance_mb": 9000, "max_study_mb": 10}},
+            "receive.max_instance_mb is 9000, expected at most receive.max_study_mb, 10",
+        ),
+        ({"root": "x", "send": [DIMSE | {"name": ""}]}, "has the name '', expected some"),
+        ({"root": "x", "send": [DIMSE | {"objects": []}]}, "send 'a' objects is [], expected at"),
+        ({"root": "x", "send": [DIMSE | {"ca": "c"}]}, "send 'a' ca is 'c', expected none"),
+        ({"root": "x", "send": [DIMSE | {"token_file": "t"}]}, "token_file is 't', expected none"),
+        ({"root": "x", "send": [STOW | {"port": 99}]}, "send 'a' port is 99, expected none"),
+        ({"root": "x", "send": [STOW | {"tls": {"ca": "c"}}]}, "send 'a' tls is Tls("),
+        ({"root": "x", "send": [STOW | {"ca": "/no/c"}]}, "ca is '/no/c', expected a file"),
+        ({"root": "x", "send": [STOW | {"url": "http://h:99999"}]}, "expected a port from 0 to"),
+        (
+            {"root": "x", "send": [DIMSE | {"tls": {"ca": "/no/c"}}]},
+            "send 'a' tls.ca is '/no/c', expected a file that exists",
+        ),
+        ({"root": "x", "complete": {"ca": "c"}}, "complete.ca is 'c', expected none without"),
+        ({"root": "x", "receive": {"tls": {"cert": "/no/c"}}}, "receive.tls.cert is '/no/c'"),
+        ("root: x\nthreads: 2\nthreads: 4", "threads is there 2 times in what begins in line 1"),
+        ("root: x\nkeep:\n  days: 1\n  days: 2", "days is there 2 times in what begins in line 3"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, content, message):
