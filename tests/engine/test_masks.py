@@ -55,8 +55,11 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_it_trains_goes_on_and_is_evaluated(train, phantom_tree, tmp_path):
-    config, best = "csmask_rcnn_effnet_lite0.yaml", ("TEST.DIAGNOSIS.BEST_METRIC", "masks/dice")
+@pytest.mark.parametrize(
+    "config", ["csmask_rcnn_effnet_lite0.yaml", "hybrid3d_mask_rcnn_effnet_lite0.yaml"]
+)
+def test_it_trains_goes_on_and_is_evaluated(train, phantom_tree, tmp_path, config):
+    best = ("TEST.DIAGNOSIS.BEST_METRIC", "masks/dice")
     _, first = train(2, *best, config=config)
     trainer, last = train(4, *best, config=config, resume=True)
     assert trainer.start_iter == 2 and type(trainer.model.roi_heads) is CostSensitiveROIHeads
@@ -150,8 +153,11 @@ def test_slices_without_boxes_teach_no_mask(tiny_cfg):
     assert all(p.grad is not None for p in model.roi_heads.mask_head.parameters())
 
 
-def test_its_diagnosis_has_masks_and_volumes(write_run, phantom_tree, tmp_path):
-    run = write_run(*SMALL, config="mask_rcnn_effnet_lite0.yaml")
+@pytest.mark.parametrize(
+    "config", ["mask_rcnn_effnet_lite0.yaml", "hybrid3d_mask_rcnn_effnet_lite0.yaml"]
+)
+def test_its_diagnosis_has_masks_and_volumes(write_run, phantom_tree, tmp_path, config):
+    run = write_run(*SMALL, config=config)
     files = sorted((phantom_tree / "DICOM").glob("P0001_*.dcm"))
     found = diagnose(files, run, threshold=0.01)
     (patient,) = found.patients
@@ -178,7 +184,10 @@ def test_its_diagnosis_has_masks_and_volumes(write_run, phantom_tree, tmp_path):
     # One file alone: no distance of slices, so no volume.
     (patient,) = diagnose(files[0], run, threshold=0.01).patients
     assert patient.volume_ml is None
-    # Of a picture no size of pixels is known, whether or not something is found.
+
+
+def test_of_a_picture_no_area_is_known_whether_or_not_something_is_found(write_run, tmp_path):
+    run = write_run(*SMALL, config="mask_rcnn_effnet_lite0.yaml")
     picture = tmp_path / "slice.png"
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(picture)
     (s,) = diagnose(picture, run, threshold=0.01).slices
