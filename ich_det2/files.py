@@ -31,6 +31,10 @@ def write_atomically(path: str | Path, mode: str = "w", *, private: bool = False
         with open(temporary, mode, encoding=encoding, newline=newline, opener=opener) as file:
             yield file
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # nobody has heard of that one
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -39,7 +43,7 @@ def write_atomically(path: str | Path, mode: str = "w", *, private: bool = False
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Gives a new folder that takes the place of ``path`` when the block ends well; what was
     there is removed then, and stays if the block fails."""
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     fresh, old = work / "new", work / "old"
@@ -58,12 +62,39 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 def nested(folder: str | Path, others: Iterable[str | Path]) -> Path | None:
     """The first of other paths that lies in a folder, or that the folder lies in; None if they are
     all apart. Neither needs to be there."""
-    folder = Path(folder).resolve()
+    # Not by Path.resolve, which raises a RuntimeError of a link to itself.
+    folder = Path(os.path.realpath(folder))
     for other in others:
-        path = Path(other).resolve()
+        path = Path(os.path.realpath(other))
         if path.is_relative_to(folder) or folder.is_relative_to(path) and not path.is_file():
             return path
     return None
+
+
+def check_writable(path: str | Path, option: str) -> None:
+    """Refuses a file or folder to write where there are no rights to, before hours of work.
+
+    Args:
+        path: the file or folder; neither it nor its parents need to be there.
+        option: that gave it, which begins the error.
+
+    Raises:
+        ValueError: one sentence with the remedy.
+    """
+    place = os.path.realpath(path)
+    if os.path.islink(place):
+        raise ValueError(f"{option} {path}: is a link that leads back to itself; give another.")
+    parent = os.path.dirname(place)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise ValueError(f"{option} {path}: {parent} is a file; give a place in a folder.")
+    for folder in (parent, place):
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"{option} {path}: there is no right to write in {folder}; give a place elsewhere,"
+                " or get the right."
+            )
 
 
 CLUTTER = frozenset(

@@ -33,11 +33,14 @@ from ich_det2.inference import BACKENDS, ENGINES
 MAX_NOTES = 20
 """Lines of notes on the terminal; all are in the files."""
 
+NOTHING = "nothing was written."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code, 2 for an error of the user."""
     args = parse_args(argv)
-    return guard("diagnose.py", lambda: run(args))
+    left = "what is done is kept, the same command goes on." if args.manifest else NOTHING
+    return guard("diagnose.py", lambda: run(args), interrupted=left)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -212,9 +215,10 @@ def run_archive(args: argparse.Namespace) -> int:
         )
     failed = sum(row["status"] == "failed" for row in rows)
     positive = sum(row["verdict"] == "positive" for row in rows)
+    again = ", which the same command tries again" if failed else ""
     print(
-        f"{len(rows)} studies: {positive} positive, {failed} failed, which the same command tries"
-        f" again. Table: {args.output / 'studies.csv'}"
+        f"{len(rows)} studies: {positive} positive, {failed} failed{again}."
+        f" Table: {args.output / 'studies.csv'}"
     )
     return 1 if failed else 0
 
@@ -229,6 +233,7 @@ def run(args: argparse.Namespace) -> int | None:
         return run_archive(args)
     # PyTorch and Detectron2 take seconds to import, which --help need not wait for.
     from ich_det2.dicom_out import check_dicom_output, write_dicom
+    from ich_det2.files import check_writable, replace_folder
     from ich_det2.inference.api import diagnose
     from ich_det2.inference.diagnoser import Diagnoser
     from ich_det2.inference.outputs import check_outputs
@@ -239,6 +244,8 @@ def run(args: argparse.Namespace) -> int | None:
     if args.dicom:
         inputs = [*args.inputs, args.output]
         check_dicom_output(args.dicom_output, inputs, **dicom)
+        check_writable(args.dicom_output, "--dicom-output")
+        check_sources(args.inputs)
     model = Diagnoser.load(
         args.model,
         device=args.device,
@@ -261,22 +268,39 @@ def run(args: argparse.Namespace) -> int | None:
             any_body_part=args.any_body_part,
             progress=progress,
         )
-        if args.dicom:
-            write_dicom(diagnosis, args.dicom_output, **dicom)
-        diagnosis.write(
-            args.output,
-            overlays="all" if args.all_overlays else "positive",
-            viewer=args.viewer,
-            key=args.key,
-            force=args.force,
-            progress=progress,
-        )
+        with contextlib.ExitStack() as stack:
+            if args.dicom:
+                # Takes its place once all else is written.
+                fresh = stack.enter_context(replace_folder(args.dicom_output))
+                write_dicom(diagnosis, fresh, **dicom)
+            diagnosis.write(
+                args.output,
+                overlays="all" if args.all_overlays else "positive",
+                viewer=args.viewer,
+                key=args.key,
+                force=args.force,
+                progress=progress,
+            )
     report(diagnosis, args.output, Console())
     if args.viewer:
         several = (args.output / "viewers").is_dir()
         print(f"To look through: {args.output / ('viewers' if several else 'viewer.html')}")
     if args.dicom:
         print(f"DICOM objects, with the identity of their source: {args.dicom_output}")
+
+
+def check_sources(inputs: Sequence[Path]) -> None:
+    """Refuses pictures as a source of DICOM objects.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence with the remedy.
+    """
+    from ich_det2.data.pictures import PICTURE_SUFFIXES
+    from ich_det2.files import walk
+
+    files = [file for path in inputs for file in (walk(path) if path.is_dir() else [path])]
+    if files and all(file.suffix.lower() in PICTURE_SUFFIXES for file in files):
+        raise ValueError("--dicom needs DICOM files, but the inputs are PNG or JPEG; leave it out.")
 
 
 @contextlib.contextmanager

@@ -3,16 +3,17 @@
 A new output format is one more function over a ``Diagnosis``, see ``WRITERS``.
 """
 
+import contextlib
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from ..evaluation.predictions import RAW_SCORE
-from ..files import nested, replace_folder, write_atomically, write_csv
+from ..files import check_writable, nested, replace_folder, write_atomically, write_csv
 from .results import (
     KEY_FIELDS,
     NOTE_FIELDS,
@@ -43,14 +44,12 @@ def write_outputs(
     if overlays not in OVERLAYS:
         raise ValueError(f"overlays is {overlays!r}, expected one of {', '.join(OVERLAYS)}.")
     check_outputs(folder, diagnosis.inputs, key=key, force=force)
-    with replace_folder(folder) as temporary:
+    with _key_of(diagnosis, key), replace_folder(folder) as temporary:
         _draw_overlays(diagnosis, temporary, overlays, progress)
         for write in WRITERS:
             write(diagnosis, temporary)
         if viewer:
             write_viewers(diagnosis, temporary, progress)
-    if key is not None:
-        _write_key(diagnosis, Path(key))
 
 
 def check_outputs(
@@ -66,7 +65,8 @@ def check_outputs(
         ValueError: one sentence with the remedy.
     """
     output = Path(folder)
-    resolved = output.resolve()
+    resolved = Path(os.path.realpath(output))
+    check_writable(output, "--output")
     if path := nested(output, inputs):
         raise ValueError(
             f"--output {output} and the input {path.name} lie in one another, so a later run "
@@ -99,13 +99,14 @@ def check_outputs(
 def _check_key(key: Path, output: Path, force: bool) -> None:
     if key.is_symlink():
         raise ValueError(f"--key {key} is a link, which is not followed; give a new file.")
-    if key.resolve().is_relative_to(output):
+    if Path(os.path.realpath(key)).is_relative_to(output):
         raise ValueError(
             f"--key {key} lies in the folder of the results, which it shall be apart from; give a "
             "file elsewhere."
         )
     if not key.parent.is_dir():
         raise ValueError(f"--key {key}: there is no such folder; make it first.")
+    check_writable(key, "--key")
     if not key.exists():
         return
     try:
@@ -179,11 +180,17 @@ WRITERS = (write_slices, write_patients, write_diagnosis)
 """What writes a diagnosis into a folder that holds the overlays already."""
 
 
-def _write_key(diagnosis: Diagnosis, path: Path) -> None:
+@contextlib.contextmanager
+def _key_of(diagnosis: Diagnosis, path: str | os.PathLike | None) -> Iterator[None]:
+    """Writes the key, if any, which takes its place when the block ends well."""
+    if path is None:
+        yield
+        return
     with write_atomically(path, private=True) as file:
         writer = csv.DictWriter(file, KEY_FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(diagnosis.key)
+        yield
 
 
 def _by_class(row: dict, name: str) -> dict:

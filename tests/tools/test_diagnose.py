@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pydicom.uid import JPEG2000Lossless
 
 from ich_det2.data.datasets import register_ich_datasets
 from ich_det2.engine import IchTrainer
-from ich_det2.inference import results
+from ich_det2.inference import api, outputs, results
 
 REPO = Path(__file__).parents[2]
 
@@ -420,6 +421,48 @@ def test_dicom_objects_have_a_folder_of_their_own(tmp_path, run_dir, exam, capsy
     opts = [opt.format(out=out, exam=folder, run=run_dir) for opt in opts]
     assert diagnose.main([str(run_dir), str(folder), "--output", str(out), *opts]) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--output", "--key", "--dicom-output"])
+def test_rights_are_looked_at_before_the_work(tmp_path, run_dir, exam, capsys, monkeypatch, option):
+    shut = tmp_path / "shut"
+    shut.mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shut and access(path, mode))
+    monkeypatch.setattr(api, "find_slices", None)  # is not come to
+    given = {"--output": tmp_path / "out", "--key": tmp_path / "key.csv"}
+    given |= {"--dicom-output": tmp_path / "dicom", option: shut / "x"}
+    argv = [text for pair in given.items() for text in pair]
+    assert run(run_dir, exam(), *argv, "--dicom", "sr") == 2
+    said = capsys.readouterr().err
+    assert f"{option} {shut / 'x'}: there is no right to write in {shut}" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exam", "run", "shut"]
+
+
+def test_nothing_is_written_unless_everything_is(tmp_path, run_dir, exam, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr(outputs, "WRITERS", (fail,))
+    argv = ("--output", tmp_path / "out", "--key", tmp_path / "key.csv", "--dicom", "sr")
+    assert run(run_dir, exam(), *argv) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["exam", "run"]
+
+
+def test_an_output_that_is_a_link_to_itself(tmp_path, run_dir, exam, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    folder = exam()
+    assert run(run_dir, folder, "--output", tmp_path / "loop") == 2
+    assert "--output" in (said := capsys.readouterr().err) and "back to itself" in said
+    assert run(run_dir, tmp_path / "loop", "--output", tmp_path / "out") == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_pictures_are_no_source_of_dicom_objects(tmp_path, run_dir, voc_tree, capsys, monkeypatch):
+    monkeypatch.setattr(api, "find_slices", None)  # is not come to
+    root = voc_tree({"a": []}) / "JPEGImages"
+    assert run(run_dir, root, "--output", tmp_path / "out", "--dicom", "sr") == 2
+    assert "the inputs are PNG or JPEG" in capsys.readouterr().err
 
 
 def test_dicom_output_without_dicom_is_refused(tmp_path, run_dir, exam, capsys):
