@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import shutil
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from ..dicom_out import check_dicom_output, write_dicom
@@ -32,14 +36,21 @@ FIELDS = (
 )
 """Columns of ``studies.csv``."""
 
-_RECORD = "archive.json"
+_RECORD, _TABLE = "archive.json", "studies.csv"
 _STATES = ".states"
-"""Folder of a file for each study that is done: of which files. No study is named so."""
+"""Folder of a file for each study that is done: of which files; hidden ones, of that study's name,
+are there while it is read. No study is named so."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", re.ASCII)
 # Of the settings, what changes nothing in the answers; the weights are known by their SHA-256.
 _ANY = ("model", "output", "dicom_output", "device", "batch_size", "threads")
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError)
+"""What is raised of a JSON file that is cut short or holds something else."""
 _TRIES = 3
-"""Of a study whose worker is lost, before it counts as failed."""
+"""Of a study whose worker is lost, alone, before it counts as failed."""
+_PATIENCE = 10
+"""Seconds that a worker has to tidy up when it is stopped."""
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,13 @@ def read_manifest(path: str | Path) -> list[Job]:
             )
         for row in reader:
             name, place = (row["study"] or "").strip(), (row["path"] or "").strip()
+            if "\0" in name + place:
+                raise ValueError(f"{path}: line {reader.line_num}: holds a NUL, which no path has.")
+            if name.casefold() in (_RECORD, _TABLE):
+                raise ValueError(
+                    f"{path}: line {reader.line_num}: study {name!r} is the name of a file of the"
+                    " archive itself; give another."
+                )
             if not _NAME.fullmatch(name):
                 raise ValueError(
                     f"{path}: line {reader.line_num}: study {name!r} is no name for a folder,"
@@ -138,7 +156,8 @@ def diagnose_archive(
         progress: is told the row of each study as it is done.
 
     Returns:
-        Rows of ``studies.csv``, in the order of the jobs.
+        Rows of the jobs, in their order. In ``studies.csv`` are those of other studies of the
+        folder that are done, too, and errors do not name paths and files of the input.
 
     Raises:
         ValueError: one sentence, if the output holds results of another model or other settings, or
@@ -150,8 +169,13 @@ def diagnose_archive(
         raise ValueError(f"workers is {workers}, expected at least 1.")
     output = Path(settings.output)
     if settings.dicom:
+        place = Path(settings.dicom_output)
+        if nested(place, [output]):
+            raise ValueError(
+                f"--dicom-output {place} and --output {output} lie in one another; give a folder"
+                " elsewhere."
+            )
         for job in jobs:
-            place = Path(settings.dicom_output)
             check_dicom_output(
                 place / job.name, job.paths, settings.dicom, sr_class=settings.sr_class, force=True
             )
@@ -159,19 +183,25 @@ def diagnose_archive(
     rows: dict[str, dict] = {}
     left = []
     for job in jobs:
-        if _is_current(output, job):
-            rows[job.name] = _finished(output, job.name)
+        if row := _current(output, job):
+            rows[job.name] = row
             progress(rows[job.name] | {"status": "skipped"})
         else:
             left.append(job)
     run = {"local": _run_local, "ray": _run_on_ray}[engine]
     try:
-        for row in run(left, settings, workers):
-            rows[row["study"]] = row
-            progress(row)
+        with closing(run(left, settings, workers)) as found:
+            for row in found:
+                rows[row["study"]] = row
+                progress(row)
     finally:
         ordered = [rows[job.name] for job in jobs if job.name in rows]
-        write_csv(output / "studies.csv", FIELDS, ordered)
+        told = [
+            rows[job.name] | {"error": _without_names(rows[job.name]["error"], job)}
+            for job in jobs
+            if job.name in rows
+        ]
+        write_csv(output / _TABLE, FIELDS, told + _others(output, {job.name for job in jobs}))
     return ordered
 
 
@@ -200,7 +230,13 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
     own = json.loads(json.dumps(own))
     record = output / _RECORD
     if record.is_file():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(record.read_text(encoding="utf-8")))
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{record}: is damaged ({error}), so it does not say of which model the results"
+                " are; restore it from a copy, or give a new --output."
+            ) from error
         if differ := [k for k in own if before.get(k) != own[k]]:
             raise ValueError(
                 f"{output}: was begun with another {differ[0]} ({before.get(differ[0])!r}, now"
@@ -214,12 +250,21 @@ def _open(output: Path, settings: Settings, jobs: Sequence[Job]) -> None:
         json.dump(own, file, indent=1)
 
 
-def _is_current(output: Path, job: Job) -> bool:
-    """Whether a study is done, of the files that are there now; or are not there any more."""
+def _current(output: Path, job: Job) -> dict | None:
+    """The row of a study that is done, of the files that are there now; or are not there any
+    more."""
     if not (output / job.name / "diagnosis.json").is_file():
-        return False
+        return None
+    try:
+        row = _finished(output, job.name)
+    except _DAMAGED as error:
+        _logger.warning(
+            "%s: diagnosis.json is damaged (%r); it is diagnosed anew.", job.name, error
+        )
+        return None
     state, stored = _state(job), output / _STATES / job.name
-    return state is None or stored.is_file() and stored.read_text(encoding="ascii") == state
+    same = state is None or stored.is_file() and stored.read_text(encoding="ascii") == state
+    return row if same else None
 
 
 def _state(job: Job) -> str | None:
@@ -266,6 +311,45 @@ def _failed(name: str, error: BaseException) -> dict:
     return dict.fromkeys(FIELDS, "") | {"study": name, "status": "failed", "error": text}
 
 
+def _mark(settings: Settings, job: Job) -> Path:
+    """The file that is there while a study is read."""
+    return Path(settings.output) / _STATES / f".{job.name}"
+
+
+def _without_names(text: str, job: Job) -> str:
+    """An error's text without the study's paths and the names of what is in them, which may tell
+    who the patient is."""
+    if not text:
+        return text
+    names = {}
+    for path in map(Path, job.paths):
+        for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+            names |= dict.fromkeys((each.name, each.stem), "a file of it")
+            names[str(each.relative_to(path))] = "a file of it"
+            names[str(each)] = names[os.path.realpath(each)] = "a file of it"
+        names |= {str(path): "the input", os.path.realpath(path): "the input"}
+    for name in sorted((n for n in names if n not in ("", ".") and n in text), key=len)[::-1]:
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", names[name], text)
+    return text
+
+
+def _others(output: Path, names: Container[str]) -> list[dict]:
+    """Rows of an earlier table, of studies of other names that are done and there."""
+    try:
+        with open(output / _TABLE, encoding="utf-8", newline="") as file:
+            rows = [{k: row.get(k) or "" for k in FIELDS} for row in csv.DictReader(file)]
+    except (OSError, ValueError, csv.Error):
+        return []
+    return [
+        row
+        for row in rows
+        if row["status"] == "done"
+        and row["study"] not in names
+        and _NAME.fullmatch(row["study"])
+        and (output / row["study"] / "diagnosis.json").is_file()
+    ]
+
+
 class Reader:
     """Diagnoses studies with a model that is loaded once."""
 
@@ -282,7 +366,10 @@ class Reader:
     def __call__(self, job: Job) -> dict:
         """Diagnoses and writes a study; returns its row, whatever happens to it."""
         own = self._settings
+        mark = _mark(own, job)
         try:
+            mark.parent.mkdir(exist_ok=True)
+            mark.touch()  # stays if this process is killed
             state = _state(job)  # what changes while it is read is seen the next time
             diagnosis = diagnose(
                 list(job.paths),
@@ -296,6 +383,8 @@ class Reader:
                 self._note(job, state)
         except Exception as error:  # one study ends no other
             return _failed(job.name, error)
+        finally:
+            mark.unlink(missing_ok=True)
         return _finished(Path(own.output), job.name)
 
     def _write(self, job: Job, diagnosis: Diagnosis) -> None:
@@ -304,52 +393,138 @@ class Reader:
             folder = Path(own.dicom_output) / job.name
             write_dicom(diagnosis, folder, own.dicom, sr_class=own.sr_class, force=True)
         folder = Path(own.output) / job.name
+        if (folder / "diagnosis.json").is_file():
+            try:
+                _finished(folder.parent, job.name)
+            except _DAMAGED:  # would not be replaced, since it is not known as a result
+                shutil.rmtree(folder)
         diagnosis.write(folder, overlays=own.overlays, viewer=own.viewer, force=True)
 
     def _note(self, job: Job, state: str) -> None:
         """Says, at last, of which files the study is done."""
-        folder = Path(self._settings.output) / _STATES
-        folder.mkdir(exist_ok=True)
-        with write_atomically(folder / job.name) as file:
+        with write_atomically(Path(self._settings.output) / _STATES / job.name) as file:
             file.write(state)
 
 
 # ---- on this machine -----------------------------------------------------------------------------
 
-_reader: Reader | None = None
-
-
-def _load(settings: Settings) -> None:
-    global _reader
-    _reader = Reader(settings)
-
-
-def _read(job: Job) -> dict:
-    return _reader(job)
-
 
 def _run_local(jobs: Sequence[Job], settings: Settings, workers: int) -> Iterator[dict]:
-    if workers == 1:
-        reader = Reader(settings) if jobs else None
-        yield from map(reader, jobs)
-        return
-    # Not by fork, which a threaded PyTorch does not survive.
-    left, tries = {job.name: job for job in jobs}, Counter()
-    while left:
+    # What a process was lost at, in an earlier run or this one, comes last and alone.
+    lost = [job for job in jobs if _mark(settings, job).exists()]
+    rest = [job for job in jobs if job not in lost]
+    if workers == 1 and rest:
+        yield from map(Reader(settings), rest)
+    else:
+        for job, row in _in_workers(rest, settings, workers):
+            if row is None:
+                lost.append(job)
+            else:
+                yield row
+    for job in lost:
+        for _ in range(_TRIES):
+            ((_, row),) = _in_workers([job], settings, 1)
+            if row is not None:
+                break
+        yield row or _failed(job.name, RuntimeError(_LOST))
+
+
+_LOST = (
+    f"the process that read it was ended by the system {_TRIES} times, for want of memory perhaps."
+)
+
+
+def _in_workers(
+    jobs: Sequence[Job], settings: Settings, workers: int
+) -> Iterator[tuple[Job, dict | None]]:
+    """Studies and their rows as they are done; None of one that its worker was lost at.
+
+    Raises:
+        ValueError: one sentence, if the model cannot be loaded.
+    """
+    context = get_context("spawn")  # not by fork, which a threaded PyTorch does not survive
+    waiting, running = deque(jobs), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                pipe, theirs = context.Pipe()
+                # By way of an argument, as for Ray.
+                own = {"target": _work, "args": (theirs, Reader, settings), "daemon": True}
+                worker = context.Process(**own)
+                with _out_of_reach():
+                    worker.start()
+                theirs.close()
+                _send(pipe, waiting[0])
+                running[pipe] = worker, waiting.popleft(), False
+            for pipe in wait(list(running)):
+                worker, job, loaded = running[pipe]
+                try:
+                    told = pipe.recv()
+                except (EOFError, OSError):
+                    if not loaded:
+                        raise ValueError(
+                            "A worker was lost while it loaded the model, for want of memory"
+                            " perhaps; give fewer --workers."
+                        ) from None
+                    del running[pipe]
+                    yield job, None
+                    continue
+                if isinstance(told, Exception):
+                    raise told
+                if told is None:
+                    running[pipe] = worker, job, True
+                    continue
+                if waiting:
+                    _send(pipe, waiting[0])
+                    running[pipe] = worker, waiting.popleft(), True
+                else:
+                    del running[pipe]
+                    pipe.close()
+                yield job, told
+    finally:
+        for worker, *_ in running.values():
+            worker.terminate()
+        for worker, *_ in running.values():
+            worker.join(_PATIENCE)
+            worker.kill()
+
+
+def _send(pipe: Connection, job: Job) -> None:
+    with suppress(OSError):  # of a worker that is lost, which is noticed when it should answer
+        pipe.send(job)
+
+
+@contextmanager
+def _out_of_reach():
+    """Ctrl-C at a terminal reaches no process that is started here; its parent ends it then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(pipe: Connection, reader: Callable[[Settings], Reader], settings: Settings) -> None:
+    """What a worker does: it says None, or why it has no model, then the row of each study."""
+    # As by Ctrl-C, so that it leaves nothing half written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError, KeyboardInterrupt):  # there is no more, or nobody to ask
         try:
-            with ProcessPoolExecutor(workers, get_context("spawn"), _load, (settings,)) as pool:
-                waiting = {pool.submit(_read, job): job for job in left.values()}
-                for future in as_completed(waiting):
-                    row = future.result()
-                    left.pop(row["study"])
-                    yield row
-        except BrokenProcessPool as error:
-            # A worker was killed, for want of memory perhaps; the rest goes on with new ones.
-            tries["pool"] += 1
-            if tries["pool"] >= _TRIES:
-                for job in left.values():
-                    yield _failed(job.name, error)
-                return
+            read = reader(settings)
+        except Exception as error:
+            pipe.send(error)
+            return
+        pipe.send(None)
+        while True:
+            pipe.send(read(pipe.recv()))
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
+    os._exit(1)
 
 
 # ---- on many -------------------------------------------------------------------------------------

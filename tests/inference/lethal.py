@@ -1,9 +1,9 @@
-"""Diagnoses an archive by workers of which one is killed at study s1, once.
+"""Diagnoses an archive by workers of which some are killed at study s1.
 
-    python lethal.py JOBS.json SETTINGS.json ENGINE
+    python lethal.py JOBS.json SETTINGS.json ENGINE WORKERS DEATHS
 
-A process of its own, since Ray leaves threads behind. The file that ICH_TEST_MARK names says that
-one was killed.
+A process of its own, since Ray leaves threads behind. The file that ICH_TEST_MARK names has a byte
+for each death.
 """
 
 import json
@@ -15,31 +15,24 @@ from pathlib import Path
 from ich_det2.inference import archive
 
 
-def die_once(job):
-    mark = Path(os.environ["ICH_TEST_MARK"])
-    if job.name == "s1" and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 class Lethal(archive.Reader):
-    def __call__(self, job):
-        die_once(job)
-        return super().__call__(job)
+    def _write(self, job, diagnosis):
+        mark = Path(os.environ["ICH_TEST_MARK"])
+        died = mark.stat().st_size if mark.exists() else 0
+        if job.name == "s1" and died < int(os.environ["ICH_TEST_DEATHS"]):
+            mark.write_bytes(bytes(died + 1))
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._write(job, diagnosis)
 
 
-def lethal_read(job):
-    die_once(job)
-    return archive._reader(job)
-
-
-def main(jobs, settings, engine):
+def main(jobs, settings, engine, workers, deaths):
     import lethal  # by its name, so that workers find it
 
-    archive._read, archive.Reader = lethal.lethal_read, lethal.Lethal
+    os.environ["ICH_TEST_DEATHS"] = deaths
+    archive.Reader = lethal.Lethal
     jobs = [archive.Job(name, tuple(paths)) for name, paths in json.loads(Path(jobs).read_text())]
     settings = archive.Settings(**json.loads(Path(settings).read_text()))
-    archive.diagnose_archive(jobs, settings, engine=engine, workers=2)
+    archive.diagnose_archive(jobs, settings, engine=engine, workers=int(workers))
 
 
 if __name__ == "__main__":

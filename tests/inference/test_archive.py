@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -149,6 +151,45 @@ def test_results_of_other_settings_are_not_mixed(jobs, settings, tmp_path):
         diagnose_archive(jobs, settings(output=str(Path(jobs[0].paths[0]) / "out")))
 
 
+def test_errors_in_the_table_name_no_file(jobs, settings, tmp_path):
+    folder = tmp_path / "ZWICKY_JANUSZ"
+    folder.mkdir()
+    (folder / "PID4711.dcm").write_bytes(b"no image")
+    told = []
+    jobs = [Job("a", (str(folder),)), Job("b", (str(folder / "PID4711.dcm"),))]
+    diagnose_archive(jobs, settings(), progress=told.append)
+    assert "PID4711" in told[1]["error"]
+    text = (tmp_path / "out/studies.csv").read_text()
+    assert [row["status"] for row in table(tmp_path / "out")] == ["failed", "failed"]
+    assert not any(secret in text for secret in ("ZWICKY", "PID4711", str(tmp_path)))
+
+
+@pytest.mark.parametrize("text", ["", '{"patients": [', "[]", '{"patients": [{}]}'])
+def test_a_damaged_study_is_diagnosed_anew(jobs, settings, tmp_path, caplog, text):
+    rows = diagnose_archive(jobs[:2], settings())
+    (tmp_path / "out/s1/diagnosis.json").write_text(text)
+    told = []
+    assert diagnose_archive(jobs[:2], settings(), progress=told.append) == rows
+    assert [row["status"] for row in told] == ["skipped", "done"]
+    assert "s1: diagnosis.json is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_damaged_record_is_named(jobs, settings, tmp_path, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/archive.json").write_text(text)
+    with pytest.raises(ValueError, match="out/archive.json: is damaged .*; restore it from a copy"):
+        diagnose_archive(jobs, settings())
+
+
+@pytest.mark.parametrize("place", ["out", "out/objects"])
+def test_dicom_objects_lie_apart(jobs, settings, tmp_path, place):
+    own = settings(dicom=("sr",), dicom_output=str(tmp_path / place))
+    with pytest.raises(ValueError, match="--dicom-output .* lie in one another"):
+        diagnose_archive(jobs, own)
+    assert not (tmp_path / "out").exists()
+
+
 def test_dicom_objects_of_each_study(jobs, settings, tmp_path):
     objects = tmp_path / "objects"
     own = settings(dicom=("sr",), dicom_output=str(objects))
@@ -158,29 +199,84 @@ def test_dicom_objects_of_each_study(jobs, settings, tmp_path):
     assert len(list(objects.rglob("*.dcm"))) == 3
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=needs_ray)])
-def test_two_workers_give_what_one_gives_and_a_lost_one_costs_no_study(
-    jobs, settings, tmp_path, engine
-):
-    diagnose_archive(jobs, settings(output=str(tmp_path / "one")))
+@pytest.fixture
+def run_lethal(jobs, settings, tmp_path):
+    """Function that runs lethal.py on the three studies, of which s1 kills so many workers."""
     (tmp_path / "jobs.json").write_text(json.dumps([[job.name, job.paths] for job in jobs]))
     (tmp_path / "settings.json").write_text(json.dumps(asdict(settings())))
     here = Path(__file__).parent
     files = [str(tmp_path / "jobs.json"), str(tmp_path / "settings.json")]
-    told = subprocess.run(
-        [sys.executable, str(here / "lethal.py"), *files, engine],
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(here), str(REPO)]),
-            "ICH_TEST_MARK": str(tmp_path / "killed"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+
+    def run(*, workers, deaths, engine="local"):
+        return subprocess.run(
+            [sys.executable, str(here / "lethal.py"), *files, engine, str(workers), str(deaths)],
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(here), str(REPO)]),
+                "ICH_TEST_MARK": str(tmp_path / "killed"),
+            },
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=needs_ray)])
+def test_two_workers_give_what_one_gives_and_a_lost_one_costs_no_study(
+    jobs, settings, tmp_path, run_lethal, engine
+):
+    diagnose_archive(jobs, settings(output=str(tmp_path / "one")))
+    told = run_lethal(engine=engine, workers=2, deaths=1)
     assert told.returncode == 0, told.stderr[-3000:]
-    assert (tmp_path / "killed").exists()
+    assert (tmp_path / "killed").stat().st_size == 1
     assert table(tmp_path / "out") == table(tmp_path / "one")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_study_that_kills_each_worker_fails_alone(run_lethal, tmp_path, workers):
+    told = run_lethal(workers=workers, deaths=99)
+    if workers == 1:  # it was this very process, but the next knows
+        assert told.returncode == -signal.SIGKILL
+        told = run_lethal(workers=workers, deaths=99)
+    assert told.returncode == 0, told.stderr[-3000:]
+    rows = table(tmp_path / "out")
+    assert [row["status"] for row in rows] == ["done", "failed", "done"]
+    assert "ended by the system 3 times" in rows[1]["error"]
+    assert (tmp_path / "killed").stat().st_size == 4
+
+
+def test_an_error_of_the_user_ends_workers_at_once(jobs, settings):
+    with pytest.raises(ValueError, match="threads is 0, expected at least 1"):
+        diagnose_archive(jobs, settings(threads=0), workers=2)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_workers_end_with_the_command(run_dir, exams, tmp_path, sent):
+    manifest, out = tmp_path / "studies.csv", tmp_path / "out"
+    manifest.write_text("study,path\n" + "".join(f"t{i},{exams}/exam0\n" for i in range(400)))
+    argv = [sys.executable, str(REPO / "tools/diagnose.py"), str(run_dir), "--workers", "2"]
+    run = subprocess.Popen(
+        [*argv, "--manifest", str(manifest), "--output", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+    until = time.monotonic() + 120
+    while not list(out.glob("t*/diagnosis.json")) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert list(out.glob("t*/diagnosis.json"))
+    # As by a terminal, to all processes; or by a supervisor, to the first.
+    (os.killpg if sent == signal.SIGINT else os.kill)(run.pid, sent)
+    # The pipe is closed by the last process that holds it.
+    said = run.communicate(timeout=40)[1]
+    if sent == signal.SIGINT:
+        assert run.returncode == 130 and "the same command goes on" in said
+    assert "Traceback" not in said
+    done = len(list(out.glob("t*/diagnosis.json")))
+    assert done < 400 and not list(out.glob(".t*"))
 
 
 def test_ray_that_is_not_there_is_named(jobs, settings, monkeypatch):
@@ -211,6 +307,9 @@ def test_a_manifest(tmp_path):
         ("study,path\na/b,y\n", "is no name for a folder"),
         ("study,path\n,y\n", "study '' is no name"),
         ("study,path\na,\n", "line 2: the path is missing"),
+        ("study,path\na,x\nb,x\0y\n", "line 3: holds a NUL"),
+        ("study,path\na,x\nStudies.csv,y\n", "line 3: study 'Studies.csv' is the name of a file"),
+        ("study,path\narchive.json,y\n", "line 2: study 'archive.json' is the name of a file"),
         ("study,path\na,x\nA,y\n", "studies a, A differ in case alone"),
     ],
 )
@@ -229,8 +328,13 @@ def test_the_command(run_dir, exams, tmp_path, capsys):
     said = capsys.readouterr()
     assert "2 studies: " in said.out and "1 failed, which the same command tries again" in said.out
     assert "bad: failed: " in said.err
-    path.write_text(f"study,path\ns0,{exams}/exam0\n")
+    # The table does not tell where the input is, and keeps what is done.
+    text = (tmp_path / "out/studies.csv").read_text()
+    assert "no such file" in text and str(exams) not in text and "nothing" not in text
+    path.write_text(f"study,path\ns1,{exams}/exam1\n")
     assert command.main(argv) == 0
+    assert "0 failed. Table" in capsys.readouterr().out
+    assert [row["study"] for row in table(tmp_path / "out")] == ["s1", "s0"]
 
 
 @pytest.mark.parametrize(
