@@ -359,7 +359,7 @@ def test_an_instance_of_two_studies_is_refused(node, study, wire):
 
 
 def test_what_is_too_large_is_refused_and_the_next_is_taken(node, study, wire):
-    one = node(receive={"max_study_mb": 0.02, "max_instance_mb": 0.05})
+    one = node(receive={"max_study_mb": 0.02, "max_instance_mb": 0.02})
     slices = study()  # of 9 KB each
     acknowledged, refused = wire.send(one.receiver.port, slices)
     assert len(acknowledged) == 2 and refused == [0xA700] * 2
