@@ -467,6 +467,7 @@ def _in_workers(
                             " perhaps; give fewer --workers."
                         ) from None
                     del running[pipe]
+                    _clear(settings, job)
                     yield job, None
                     continue
                 if isinstance(told, Exception):
@@ -484,9 +485,18 @@ def _in_workers(
     finally:
         for worker, *_ in running.values():
             worker.terminate()
-        for worker, *_ in running.values():
+        for worker, job, _ in running.values():
             worker.join(_PATIENCE)
             worker.kill()
+            worker.join()
+            _clear(settings, job)
+
+
+def _clear(settings: Settings, job: Job) -> None:
+    """Removes what a process that was ended had half written of a study."""
+    for folder in filter(None, (settings.output, settings.dicom_output)):
+        for path in Path(folder).glob(f".{job.name}-????????"):  # as replace_folder names them
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _send(pipe: Connection, job: Job) -> None:
@@ -509,6 +519,7 @@ def _work(pipe: Connection, reader: Callable[[Settings], Reader], settings: Sett
     # As by Ctrl-C, so that it leaves nothing half written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    job = None
     with suppress(EOFError, OSError, KeyboardInterrupt):  # there is no more, or nobody to ask
         try:
             read = reader(settings)
@@ -517,7 +528,10 @@ def _work(pipe: Connection, reader: Callable[[Settings], Reader], settings: Sett
             return
         pipe.send(None)
         while True:
-            pipe.send(read(pipe.recv()))
+            job = pipe.recv()
+            pipe.send(read(job))
+    if job is not None:  # an interrupt may fall into the cleaning up after another
+        _clear(settings, job)
 
 
 def _end_with_parent() -> None:
