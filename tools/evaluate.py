@@ -149,8 +149,14 @@ def check(args) -> None:
         raise ValueError("--compare needs two or more PREDICTIONS and --output.")
     if n > 1 and not args.compare and args.output is not None:
         raise ValueError("--output is for one set of PREDICTIONS; add --compare for several.")
-    if args.output is None and not all(path.is_dir() for path in args.predictions):
-        raise ValueError("PREDICTIONS is a file, so --output has to say where results go.")
+    for path in args.predictions:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder; expected PREDICTIONS.")
+        if args.output is None and not path.is_dir():
+            raise ValueError(f"{path} is a file, so --output has to say where results go.")
+    for threshold in args.threshold or ():
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"--threshold is {threshold}, expected a score from 0 to 1.")
     names = args.name or [default_name(path) for path in args.predictions]
     if len(set(names)) < n:
         raise ValueError(f"the models are all called {names}; give different names by --name.")

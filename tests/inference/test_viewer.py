@@ -46,6 +46,16 @@ def look(finder, tmp_path):
     return make
 
 
+def test_what_was_noticed_of_a_patient_stands_on_the_page(look, write_series, tmp_path):
+    paths = write_series(bleed_at=2)
+    shutil.copy(paths[0], paths[0].with_name("again.dcm"))
+    diagnosis, out = look(tmp_path / "exam")
+    (patient,) = diagnosis.patients
+    assert patient.notes
+    for note in patient.notes:
+        assert html.escape(note) in (out / "viewer.html").read_text()
+
+
 def test_the_pixels_are_the_hu_of_the_files_and_the_boxes_those_of_the_diagnosis(
     look, write_series, tmp_path
 ):

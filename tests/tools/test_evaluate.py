@@ -104,6 +104,8 @@ def test_a_classifier_is_compared_with_a_detector(tool, stored, tmp_path):
         (["--threshold", "0.5", "--patient-rules", "most"], "the patient rule is 'most'"),
         (["--threshold", "0.5", "--cost-ratio", "0"], "--cost-ratio is 0.0, expected above 0"),
         (["--threshold", "0.5", "--validation", "x"], "exclude each other"),
+        (["--threshold", "4"], "--threshold is 4.0, expected a score from 0 to 1"),
+        (["nowhere", "--threshold", "0.5"], "nowhere: no such file or folder"),
     ],
 )
 def test_errors_are_one_sentence_and_exit_code_2(tool, stored, capsys, options, message):
