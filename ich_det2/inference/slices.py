@@ -25,6 +25,7 @@ from ..data.dicom import (
     CTSeries,
     Identity,
     evenly_spaced,
+    find_gaps,
     group_patients,
     group_series,
     is_dicom,
@@ -288,7 +289,9 @@ def _group(sources: Sequence[_Source]) -> list[CTSeries]:
             key = (s.patient, os.fspath(s.path.parent), name, math.isnan(position))
             pictures[key].append((s.path, position))
     for (patient, _, name, _), slices in sorted(pictures.items()):
-        files, positions = zip(*slices)
+        # Pictures may be named in any order.
+        files, positions = zip(*sorted(slices, key=lambda entry: entry[1]))
+        missing = [] if np.isnan(positions).any() else list(find_gaps(positions))
         series.append(
             CTSeries(
                 files=files,
@@ -298,6 +301,8 @@ def _group(sources: Sequence[_Source]) -> list[CTSeries]:
                 spacing_mm=(math.nan,) * 3,
                 frames=(None,) * len(files),
                 positions_mm=positions,
+                findings=tuple(finding for finding, _ in missing),
+                n_missing=sum(count for _, count in missing),
                 patient=patient,
             )
         )

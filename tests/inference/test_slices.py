@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from highdicom.legacy import LegacyConvertedEnhancedCTImage
+from PIL import Image
 from pydicom.uid import generate_uid
 
 from ich_det2.data import IchDatasetMapper
@@ -179,3 +180,17 @@ def test_a_slice_that_cannot_be_read_keeps_its_place_beside_others(exam):
     broken = Diagnoser(torch.nn.Linear(1, 1), mapper, batch_size=1, workers=3)(slices)
     with pytest.raises(TypeError):
         list(broken)
+
+
+def test_gaps_between_pictures_of_known_places_are_noticed(tmp_path):
+    (tmp_path / "JPEGImages").mkdir()
+    rows = ["image,patient,position_mm"]
+    for name, position in zip("edcba", (0, 5, 10, 30, 35)):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"JPEGImages/{name}.png")
+        rows.append(f"{name},p,{position}")
+    (tmp_path / "patients.csv").write_text("\n".join([*rows, ""]))
+    found = find_slices([tmp_path / "JPEGImages"])
+    assert [s.path.stem for s in found.slices] == list("edcba")
+    (noticed,) = found.noticed.values()
+    assert noticed.n_missing == 3
+    assert "3 slice(s) seem to be missing between c.png and b.png: 20.0 mm" in noticed.notes[0]

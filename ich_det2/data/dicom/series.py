@@ -437,7 +437,8 @@ def _sort_series(slices: list[CTSlice], patient: str, general: Sequence[Finding]
     thickness = first.values.number("SliceThickness")
     gap = math.nan if thickness is None else thickness
     gap = float(np.median(gaps[gaps > _SAME_MM])) if (gaps > _SAME_MM).any() else gap
-    missing = list(_missing(slices, heights))
+    thick = [s.header.values.number("SliceThickness") or math.nan for s in slices]
+    missing = list(find_gaps(heights, thick))
     return CTSeries(
         files=tuple(s.path for s in slices),
         series_uid=first.values.text("SeriesInstanceUID"),
@@ -503,20 +504,28 @@ def _same_place(heights: np.ndarray) -> Iterator[Finding]:
         yield from (Finding("{} and {} lie at one position", (i, i + 1)) for i in pairs)
 
 
-def _missing(slices: Sequence[CTSlice], heights: np.ndarray) -> Iterator[tuple[Finding, int]]:
-    """Gaps between sorted slices, and how many slices each would hold."""
+def find_gaps(
+    heights: Sequence[float], thickness: Sequence[float] | None = None
+) -> Iterator[tuple[Finding, int]]:
+    """Gaps between the slices of a series, and how many slices each would hold.
+
+    Args:
+        heights: N positions along the slice normal, mm, ascending.
+        thickness: N of the slices, mm, NaN where it is not known; None if of none.
+    """
+    if thickness is None:
+        thickness = [math.nan] * len(heights)
     ends = np.flatnonzero(np.diff(heights) > _SAME_MM).tolist()
     gaps = np.diff(heights)[ends]
     if not ends:
         return
     usual = float(np.median(gaps))
-    thickness = np.array([s.header.values.number("SliceThickness") or math.nan for s in slices])
     # Runs of equal gaps: the spacing may change within a series, from base to vertex.
     edges = np.flatnonzero(np.abs(np.diff(gaps)) > 0.1 * np.minimum(gaps[1:], gaps[:-1])) + 1
     for run in np.split(np.arange(len(gaps)), edges):
         gap = gaps[run].mean()
         beside = [gaps[k] for k in (run[0] - 1, run[-1] + 1) if 0 <= k < len(gaps)]
-        thick = np.nanmax(thickness[ends[run[0]] : ends[run[-1]] + 2], initial=0)
+        thick = np.nanmax(np.array(thickness[ends[run[0]] : ends[run[-1]] + 2]), initial=0)
         if beside and gap > 1.6 * max(beside) and (len(run) == 1 or len(beside) == 2):
             expected = max(beside)
         elif thick and gap > 1.6 * max(thick, usual):
