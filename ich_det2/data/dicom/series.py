@@ -438,7 +438,7 @@ def _sort_series(slices: list[CTSlice], patient: str, general: Sequence[Finding]
     gap = math.nan if thickness is None else thickness
     gap = float(np.median(gaps[gaps > _SAME_MM])) if (gaps > _SAME_MM).any() else gap
     thick = [s.header.values.number("SliceThickness") or math.nan for s in slices]
-    missing = list(find_gaps(heights, thick))
+    missing = list(find_gaps(heights.tolist(), thick))
     return CTSeries(
         files=tuple(s.path for s in slices),
         series_uid=first.values.text("SeriesInstanceUID"),
