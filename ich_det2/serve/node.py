@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -147,6 +149,15 @@ class Node:
         yield CounterMetricFamily("ich_diagnosis_seconds", "Spent on diagnosing.", seconds)
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers each connection in a thread of its own, so that a silent one holds up no other."""
+
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        logger.warning("http request failed", extra={"reason": sys.exc_info()[0].__name__})
+
+
 class _Quiet(WSGIRequestHandler):
     timeout = 10
 
@@ -171,7 +182,7 @@ def _listen(node: Node) -> WSGIServer:
         return [b"/metrics, /healthz\n"]
 
     http = node._cfg.http
-    return make_server(http.bind, http.port, app, handler_class=_Quiet)
+    return make_server(http.bind, http.port, app, server_class=_Server, handler_class=_Quiet)
 
 
 def load_model(cfg: ServeConfig) -> Diagnoser:

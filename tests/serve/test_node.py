@@ -680,6 +680,17 @@ def test_metrics_and_health(node, pacs, study, wire):
     assert get(port, "/journal.sqlite")[0] == 404
 
 
+def test_silent_connections_hold_up_no_question_of_health(node):
+    port = free_port()
+    node(http={"port": port})
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        start = time.monotonic()
+        assert get(port, "/healthz")[0] == 200
+        assert time.monotonic() - start < 5
+
+
 def test_the_log_says_what_happened_and_not_to_whom(node, pacs, study, wire, caplog):
     caplog.set_level(logging.INFO, "ich_det2")
     one = node()
