@@ -44,8 +44,9 @@ def audit(args: argparse.Namespace) -> int:
         table.add_row(leak.kind, " / ".join(leak.splits), " / ".join(leak.images), leak.detail)
     console.print(table)
     print(
-        f"audit_splits.py: {len(leaks)} leaks: scores on these splits are too good; divide anew by "
-        f"`python datasets/make_splits.py {args.root} --force`, after correcting patients.csv.",
+        f"audit_splits.py: {len(leaks)} leaks: scores on these splits are too good;"
+        f" {leaks[0].remedy}; then divide anew by `python datasets/make_splits.py {args.root}"
+        " --force`.",
         file=sys.stderr,
     )
     return 1

@@ -123,7 +123,7 @@ def check_leaks(tree: VocTree) -> None:
         first, second = leaks[0].images
         raise ValueError(
             f"{tree.root}: '{first}' and '{second}' are of the same {leaks[0].kind} on two sides of"
-            f" the fold ({len(leaks)} such leaks); correct patients.csv and give another output."
+            f" the fold ({len(leaks)} such leaks); {leaks[0].remedy}; and give another output."
         )
 
 

@@ -41,6 +41,16 @@ class Leak:
     images: tuple[str, str]
     detail: str = ""
 
+    @property
+    def remedy(self) -> str:
+        """What to do before the images are divided anew."""
+        if self.kind == "study":
+            return (
+                "correct patients.csv, where a study of one name is one study: if each patient's"
+                " are numbered, put the patient before the number"
+            )
+        return "correct patients.csv"
+
 
 def find_leaks(
     tree: VocTree,

@@ -73,6 +73,14 @@ def test_planted_in_a_header(tool, tree, capsys, keyword, value, kind):
     assert "pa" not in captured.out.replace("patient", "")  # whose it is stays unsaid
 
 
+def test_studies_that_each_patient_numbers_are_told_what_to_do(tool, tree, capsys):
+    root = tree("png")
+    rows = [f"{image},p{image},1" for image in "abcd"]
+    (root / "patients.csv").write_text("\n".join(["image,patient,study", *rows, ""]))
+    assert tool.main([str(root)]) == 1
+    assert "put the patient before the number; then divide anew" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("lines", "kind"),
     [
