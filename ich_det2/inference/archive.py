@@ -195,11 +195,11 @@ def diagnose_archive(
                 rows[row["study"]] = row
                 progress(row)
     finally:
-        ordered = [rows[job.name] for job in jobs if job.name in rows]
+        known = [job for job in jobs if job.name in rows]
+        ordered = [rows[job.name] for job in known]
         told = [
-            rows[job.name] | {"error": _without_names(rows[job.name]["error"], job)}
-            for job in jobs
-            if job.name in rows
+            row | {"error": _without_names(row["error"], job)}
+            for row, job in zip(ordered, known, strict=True)
         ]
         write_csv(output / _TABLE, FIELDS, told + _others(output, {job.name for job in jobs}))
     return ordered
@@ -448,7 +448,8 @@ def _in_workers(
         while waiting or running:
             while waiting and len(running) < workers:
                 pipe, theirs = context.Pipe()
-                # By way of an argument, as for Ray.
+                # The class by argument: a spawned process imports this module anew, and would not
+                # know what stands in its place here.
                 own = {"target": _work, "args": (theirs, Reader, settings), "daemon": True}
                 worker = context.Process(**own)
                 with _out_of_reach():
